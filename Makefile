@@ -1,0 +1,52 @@
+# `make help` lists the targets. The first one that needs it makes .venv with $(PYTHON) and installs
+# the package there in editable mode; later runs reuse it until a file it was made from changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_OUT ?= demo_output
+# More arguments for pytest, for instance: make test PYTEST_ARGS='-m "not slow" --no-cov'
+PYTEST_ARGS ?=
+# One test process per core, four at most.
+PYTEST_WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
+
+SHELL := /bin/bash
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint types format clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+
+demo: $(VENV)/.installed-demo ## train TRPO on CartPole, evaluate, save, load, draw the learning curve
+	$(BIN)/python -m sb3_trpo.demo --out $(DEMO_OUT)
+
+test: export OMP_NUM_THREADS := 1
+test: $(VENV)/.installed-dev ## run all tests, with the coverage gate of pyproject.toml
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) --cov $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev ## check style and formatting
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+types: $(VENV)/.installed-dev ## check types
+	$(BIN)/python -m mypy
+
+format: $(VENV)/.installed-dev ## format the code, and fix what ruff can fix
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean: ## remove everything that git does not track and make can make again
+	rm -rf $(VENV) $(DEMO_OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra of setup.cfg.
+$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt sb3_trpo/version.txt | $(VENV)/pyvenv.cfg
+	$(INSTALL) -e ".[$*]"
+	@touch $@

@@ -1,0 +1,87 @@
+"""The conjugate gradient method for A x = b, with A symmetric positive definite and known by its products alone."""
+
+from collections.abc import Callable
+from enum import Enum
+from typing import NamedTuple
+
+import torch as th
+
+LinearMap = Callable[[th.Tensor], th.Tensor]
+
+
+class Status(str, Enum):
+    """Why the solver stopped."""
+
+    CONVERGED = "converged"
+    ITERATION_BOUND = "iteration bound"
+    NONPOSITIVE_CURVATURE = "non-positive curvature"
+    NOT_FINITE = "not finite"
+
+
+class Solution(NamedTuple):
+    """
+    What the solver found.
+
+    :param x: the last iterate for which every quantity was finite
+    :param status: why the solver stopped
+    :param iterations: number of products with A that went into ``x``
+    :param residual: ‖b − A x‖ / ‖b‖ by the recurrence, in the norm of M (0 when b is 0)
+    """
+
+    x: th.Tensor
+    status: Status
+    iterations: int
+    residual: float
+
+
+def conjugate_gradient(
+    A: LinearMap, b: th.Tensor, *, max_iter: int, rtol: float = 0.0, M: LinearMap | None = None
+) -> Solution:
+    """
+    Solve A x = b by (preconditioned) conjugate gradients, from x = 0.
+
+    Stops as soon as ‖r‖_M ≤ rtol·‖b‖_M, where r = b − A x and ‖r‖_M = √(rᵀ M r). Started at zero, the iterates grow the
+    quadratic gain bᵀx − ½xᵀAx monotonically, so that every one of them is an ascent direction of bᵀx.
+    Source: Nocedal & Wright, Numerical Optimization, algorithm 5.3.
+
+    :param A: v ↦ A v, symmetric positive definite
+    :param b: right-hand side, shape ``(n,)``
+    :param max_iter: bound on the number of products with A
+    :param rtol: relative tolerance on the residual
+    :param M: v ↦ M v with M ≈ A⁻¹, symmetric positive definite; None for the identity
+    :return: the solution, with the reason for stopping
+    """
+    x, r = th.zeros_like(b), b.clone()
+    z = r if M is None else M(r)
+    p = z
+    rz = r.dot(z)
+    rz_start = float(rz)
+    if not rz_start >= 0.0 or rz_start == float("inf"):
+        status = Status.NONPOSITIVE_CURVATURE if rz_start < 0.0 else Status.NOT_FINITE
+        return Solution(x, status, 0, 1.0)
+    if rz_start == 0.0:
+        return Solution(x, Status.CONVERGED, 0, 0.0)
+
+    status, iterations, residual = Status.ITERATION_BOUND, 0, 1.0
+    while iterations < max_iter:
+        Ap = A(p)
+        curvature = p.dot(Ap)
+        if not float(curvature) > 0.0:
+            status = Status.NONPOSITIVE_CURVATURE if float(curvature) <= 0.0 else Status.NOT_FINITE
+            break
+        length = rz / curvature
+        r = r - length * Ap
+        z = r if M is None else M(r)
+        rz_new = r.dot(z)
+        if not bool(th.isfinite(rz_new)):
+            status = Status.NOT_FINITE
+            break
+        x = x + length * p
+        iterations += 1
+        residual = (max(float(rz_new), 0.0) / rz_start) ** 0.5
+        if residual <= rtol:
+            status = Status.CONVERGED
+            break
+        p = z + (rz_new / rz) * p
+        rz = rz_new
+    return Solution(x, status, iterations, residual)

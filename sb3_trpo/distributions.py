@@ -1,0 +1,121 @@
+"""The action distribution as the update sees it: its parameters z, its joint KL, its Fisher matrix M.
+
+SB3 wraps torch distributions. One wrapper holds one torch distribution, or (MultiDiscrete) a list of independent ones;
+either way the update works on the tuple of them, the *components*. A squashing bijection after sampling changes neither
+KL nor Fisher matrix, so the components before the squashing are all that is needed.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch as th
+from stable_baselines3.common.distributions import Distribution
+from torch.distributions import Bernoulli, Categorical, Normal
+from torch.distributions import Distribution as TorchDistribution
+from torch.distributions import kl_divergence as torch_kl_divergence
+
+Components = tuple[TorchDistribution, ...]
+
+
+@contextmanager
+def without_validation() -> Iterator[None]:
+    """
+    Switch off torch's checks of distribution arguments.
+
+    They raise on the non-finite candidates that a line search is there to reject, and on a GPU each waits for the device.
+
+    :return: context manager, also usable as a decorator
+    """
+    previous = TorchDistribution._validate_args
+    TorchDistribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        TorchDistribution.set_default_validate_args(previous)
+
+
+def components(distribution: Distribution) -> Components:
+    """
+    The independent torch distributions that make up an SB3 action distribution.
+
+    SB3 hands out one mutable wrapper per policy; the torch distributions inside are made anew by every forward pass, so
+    the returned tuple stays valid.
+
+    :param distribution: SB3 action distribution
+    :return: its torch distributions, each with the states in its first batch dimension
+    """
+    inner = distribution.distribution
+    return tuple(inner) if isinstance(inner, (list, tuple)) else (inner,)
+
+
+def joint_kl(old: Components, new: Components) -> th.Tensor:
+    """
+    KL(π_old ‖ π_new) of the joint action in each state: the sum over components and action dimensions.
+
+    :param old: components of π_old
+    :param new: components of π_new, of the same families
+    :return: KL in nats, shape ``(n_states,)``
+    :raises ValueError: torch knows no KL for the family
+    """
+    total: th.Tensor | None = None
+    for p, q in zip(old, new, strict=True):
+        try:
+            kl = torch_kl_divergence(p, q)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"the action distribution {type(p).__name__} has no KL divergence in torch; "
+                "register one with torch.distributions.kl.register_kl"
+            ) from error
+        kl = kl.flatten(start_dim=1).sum(dim=1) if kl.ndim > 1 else kl
+        total = kl if total is None else total + kl
+    assert total is not None, "a distribution has at least one component"
+    return total
+
+
+def has_closed_form(parts: Components) -> bool:
+    """
+    Whether :func:`outputs` and :func:`fisher_metric` know every component's family.
+
+    :param parts: components of a policy's distribution
+    :return: True for Normal, Categorical and Bernoulli components
+    """
+    return all(isinstance(part, (Normal, Categorical, Bernoulli)) for part in parts)
+
+
+def outputs(parts: Components) -> list[th.Tensor]:
+    """
+    The parameters z in which the Fisher matrix is known: (μ, σ) of a Normal, the logits of the discrete families.
+
+    :param parts: components with a closed form
+    :return: tensors of shape ``(n_states, ...)``, connected to the policy's parameters
+    """
+    tensors: list[th.Tensor] = []
+    for part in parts:
+        tensors += [part.loc, part.scale] if isinstance(part, Normal) else [part.logits]  # type: ignore[attr-defined]
+    return tensors
+
+
+def fisher_metric(parts: Components, tangents: Sequence[th.Tensor]) -> list[th.Tensor]:
+    """
+    The product M u, where M is the Fisher information matrix of each state's distribution in its parameters z.
+
+    Normal(μ, σ): diag(1/σ², 2/σ²). Categorical with probabilities p: diag(p) − ppᵀ on the logits.
+    Bernoulli: p(1 − p) on the logits.
+
+    :param parts: components with a closed form
+    :param tangents: u, shaped as :func:`outputs`
+    :return: M u, shaped as :func:`outputs`
+    """
+    rest = iter(tangents)
+    products: list[th.Tensor] = []
+    for part in parts:
+        if isinstance(part, Normal):
+            precision = part.scale.detach().square().reciprocal()
+            products += [next(rest) * precision, 2.0 * next(rest) * precision]
+        elif isinstance(part, Categorical):
+            weighted = part.probs.detach() * next(rest)
+            products.append(weighted - part.probs.detach() * weighted.sum(dim=-1, keepdim=True))
+        else:
+            probability = part.probs.detach()  # type: ignore[attr-defined]
+            products.append(probability * (1.0 - probability) * next(rest))
+    return products

@@ -1,0 +1,82 @@
+"""How far to go along the direction: the longest step the trust region allows, then backtracking."""
+
+import math
+from collections.abc import Callable
+from enum import Enum
+from typing import NamedTuple
+
+
+class Outcome(str, Enum):
+    """How the search for a step ended."""
+
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+    SKIPPED = "skipped"
+
+
+class Point(NamedTuple):
+    """
+    The two functions of the constrained problem, at one θ.
+
+    :param objective: L(θ), the surrogate objective
+    :param kl: D̄_KL(θ_old, θ), the mean joint KL in nats
+    """
+
+    objective: float
+    kl: float
+
+
+class Search(NamedTuple):
+    """
+    What the line search found.
+
+    :param outcome: accepted, or rejected
+    :param fraction: αʲ, the share of the full step that was taken (0 if rejected)
+    :param backtracks: j, how often the step was shortened
+    :param point: objective and KL at the accepted point (those of θ_old if rejected)
+    """
+
+    outcome: Outcome
+    fraction: float
+    backtracks: int
+    point: Point
+
+
+def max_step_length(curvature: float, target_kl: float) -> float:
+    """
+    β = √(2δ / sᵀHs): where the quadratic model ½β²sᵀHs of the KL along s reaches δ.
+
+    Source: Schulman et al. 2015, appendix C.
+
+    :param curvature: sᵀHs, with H the matrix that the direction s was solved with
+    :param target_kl: δ in nats
+    :return: β, or 0 where the model gives no finite positive length
+    """
+    if not (0.0 < curvature < math.inf):
+        return 0.0
+    return math.sqrt(2.0 * target_kl / curvature)
+
+
+def backtracking_line_search(
+    evaluate: Callable[[float], Point], start: Point, *, target_kl: float, shrink: float, max_iter: int
+) -> Search:
+    """
+    The first of the fractions 1, α, α², … whose point improves the objective inside the trust region.
+
+    Source: Schulman et al. 2015, appendix C.
+
+    :param evaluate: fraction ↦ objective and KL at θ_old + fraction·βs (it leaves the parameters there)
+    :param start: the point at θ_old
+    :param target_kl: δ in nats; the bound holds with equality allowed
+    :param shrink: α, in (0, 1)
+    :param max_iter: bound on the number of points tried
+    :return: the accepted point, or a rejection; the caller restores θ_old then
+    """
+    fraction = 1.0
+    for backtracks in range(max_iter):
+        point = evaluate(fraction)
+        # A NaN fails both comparisons, an infinite objective is no improvement that can be trusted.
+        if point.kl <= target_kl and start.objective < point.objective < math.inf:
+            return Search(Outcome.ACCEPTED, fraction, backtracks, point)
+        fraction *= shrink
+    return Search(Outcome.REJECTED, 0.0, max_iter, start)

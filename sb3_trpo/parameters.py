@@ -1,0 +1,67 @@
+"""Parameters as one flat vector, and the only way the update writes to them."""
+
+from collections.abc import Iterable, Sequence
+
+import torch as th
+
+
+def flatten(tensors: Iterable[th.Tensor]) -> th.Tensor:
+    """
+    Concatenate tensors into one vector.
+
+    :param tensors: tensors of any shape
+    :return: vector of all their elements, in order
+    """
+    return th.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def unflatten(vector: th.Tensor, like: Sequence[th.Tensor]) -> list[th.Tensor]:
+    """
+    Views of a vector in the shapes of some tensors.
+
+    :param vector: as many elements as ``like`` has in all
+    :param like: tensors that give the shapes
+    :return: views of ``vector``
+    """
+    parts = vector.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+@th.no_grad()
+def assign(parameters: Sequence[th.Tensor], vector: th.Tensor) -> None:
+    """
+    Copy a vector's values into parameters, in place and without aliasing.
+
+    :param parameters: tensors to overwrite
+    :param vector: their new values, flat
+    """
+    for parameter, value in zip(parameters, unflatten(vector, parameters), strict=True):
+        parameter.copy_(value)
+
+
+def all_finite(tensors: Iterable[th.Tensor]) -> bool:
+    """
+    Whether no tensor holds a NaN or an infinity.
+
+    :param tensors: tensors of any shape
+    :return: True if every element is finite
+    """
+    return all(bool(th.isfinite(tensor).all()) for tensor in tensors)
+
+
+class Snapshot:
+    """
+    The values of some tensors at one moment, to be put back bit for bit.
+
+    :param tensors: parameters or buffers
+    """
+
+    def __init__(self, tensors: Iterable[th.Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._values = [tensor.detach().clone() for tensor in self._tensors]
+
+    @th.no_grad()
+    def restore(self) -> None:
+        """Put the values back."""
+        for tensor, value in zip(self._tensors, self._values, strict=True):
+            tensor.copy_(value)

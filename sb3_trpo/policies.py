@@ -1,0 +1,87 @@
+"""The policies by their SB3 names, and what the update asks of any actor-critic policy."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+from torch import nn
+
+from sb3_trpo.distributions import components, joint_kl
+from sb3_trpo.rollout import Inputs
+from sb3_trpo.surrogate import PolicyFunction
+
+MlpPolicy = ActorCriticPolicy
+
+
+class CnnPolicy(ActorCriticCnnPolicy):
+    """
+    SB3's CNN policy, with a features extractor each for actor and critic unless told otherwise.
+
+    TRPO's critic must not move the policy, so it cannot train a shared extractor: it would have to read the values off
+    features that only the policy objective shapes.
+
+    :param args: as SB3's ``ActorCriticCnnPolicy``
+    :param kwargs: as SB3's ``ActorCriticCnnPolicy``; ``share_features_extractor=True`` saves the critic's own extractor,
+        at the price above
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("share_features_extractor", False)
+        super().__init__(*args, **kwargs)
+
+
+class MultiInputPolicy(MultiInputActorCriticPolicy):
+    """
+    SB3's policy for Dict observations, with a features extractor each for actor and critic unless told otherwise.
+
+    :param args: as SB3's ``MultiInputActorCriticPolicy``
+    :param kwargs: as SB3's ``MultiInputActorCriticPolicy``; for ``share_features_extractor`` see :class:`CnnPolicy`
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("share_features_extractor", False)
+        super().__init__(*args, **kwargs)
+
+
+def actor_parameters(policy: nn.Module, distribution: PolicyFunction, inputs: Inputs) -> list[nn.Parameter]:
+    """
+    θ: the parameters that the KL depends on, found by differentiating it, whatever they are called.
+
+    :param policy: module that holds all parameters
+    :param distribution: observations ↦ SB3 action distribution
+    :param inputs: a few observations
+    :return: the trainable parameters that π depends on, in the policy's order
+    :raises ValueError: the distribution depends on no trainable parameter
+    """
+    with th.no_grad():
+        old = components(distribution(inputs))
+    actor = _reached(policy, joint_kl(old, components(distribution(inputs))))
+    if not actor:
+        raise ValueError(f"the action distribution of {type(policy).__name__} depends on none of its trainable parameters")
+    return actor
+
+
+def critic_parameters(
+    policy: nn.Module, values: Callable[[Inputs], th.Tensor], inputs: Inputs, actor: list[nn.Parameter]
+) -> list[nn.Parameter]:
+    """
+    The parameters that the values depend on and the policy does not: the critic may train these and no others.
+
+    :param policy: module that holds all parameters
+    :param values: observations ↦ values
+    :param inputs: a few observations
+    :param actor: θ
+    :return: the critic's own trainable parameters, possibly none
+    """
+    taken = {id(parameter) for parameter in actor}
+    return [parameter for parameter in _reached(policy, values(inputs)) if id(parameter) not in taken]
+
+
+def _reached(module: nn.Module, tensor: th.Tensor) -> list[nn.Parameter]:
+    """Find the trainable parameters that a tensor depends on."""
+    candidates = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not (candidates and tensor.requires_grad):
+        return []
+    slopes: Sequence[th.Tensor | None] = th.autograd.grad(tensor.sum(), candidates, allow_unused=True)
+    return [parameter for parameter, slope in zip(candidates, slopes, strict=True) if slope is not None]

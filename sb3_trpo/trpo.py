@@ -1,0 +1,381 @@
+"""Trust Region Policy Optimization as a Stable-Baselines3 algorithm."""
+
+import io
+import pathlib
+import warnings
+from typing import Any, ClassVar, TypeVar
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from torch import nn
+
+from sb3_trpo.checkpoint import saved_attributes
+from sb3_trpo.conjugate_gradient import Solution, conjugate_gradient
+from sb3_trpo.critic import CriticFit, fit_minibatches
+from sb3_trpo.distributions import without_validation
+from sb3_trpo.fisher import FisherOperator
+from sb3_trpo.line_search import Outcome, Point, Search, backtracking_line_search, max_step_length
+from sb3_trpo.parameters import Snapshot, assign, flatten
+from sb3_trpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, actor_parameters, critic_parameters
+from sb3_trpo.rollout import Inputs, Rollout, normalize_advantages, read_rollout
+from sb3_trpo.surrogate import Surrogate
+from sb3_trpo.validation import (
+    NON_NEGATIVE,
+    NON_NEGATIVE_OR_SCHEDULE,
+    OPEN_UNIT_INTERVAL,
+    POSITIVE_INTEGER,
+    POSITIVE_OR_SCHEDULE,
+    UNIT_INTERVAL,
+    Rule,
+    check_arguments,
+)
+
+SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
+
+
+class TRPO(OnPolicyAlgorithm):
+    """
+    Trust Region Policy Optimization (TRPO).
+
+    Paper: Schulman et al. 2015, https://arxiv.org/abs/1502.05477. Takes the arguments of sb3-contrib's TRPO, in their
+    order. One difference matters: the KL is that of the joint action, summed over action dimensions, and it stays at or
+    below ``target_kl`` in every update.
+
+    :param policy: policy class, or its name: ``MlpPolicy``, ``CnnPolicy``, ``MultiInputPolicy``
+    :param env: environment, or its registered name
+    :param learning_rate: learning rate of the critic's optimizer; number or schedule of the remaining progress
+    :param n_steps: steps of each environment per update; ``n_steps * n_envs`` states make a rollout
+    :param batch_size: states in a minibatch of the critic
+    :param gamma: discount factor, in [0, 1]
+    :param cg_max_steps: bound on conjugate gradient iterations
+    :param cg_damping: λ, added to the diagonal of the Fisher matrix; 0 for none
+    :param line_search_shrinking_factor: α in (0, 1), shortens the step at each backtrack
+    :param line_search_max_iter: bound on the points that the line search tries
+    :param n_critic_updates: passes of the critic over the rollout, per update
+    :param gae_lambda: λ of generalised advantage estimation, in [0, 1]
+    :param use_sde: explore with generalised state-dependent noise (gSDE)
+    :param sde_sample_freq: sample a new gSDE noise matrix every so many steps; -1 for once a rollout
+    :param rollout_buffer_class: rollout buffer; None for SB3's own, by observation space
+    :param rollout_buffer_kwargs: further arguments of the rollout buffer
+    :param normalize_advantage: scale advantages to mean 0 and standard deviation 1
+    :param target_kl: δ, bound on the mean joint KL(π_old ‖ π_new) of an update, in nats; number or schedule
+    :param sub_sampling_factor: compute the Fisher matrix from every so many-th state (Schulman's thesis, p. 40); gradient
+        and line search always use all
+    :param stats_window_size: episodes over which the logged episode statistics average
+    :param tensorboard_log: folder for TensorBoard logs; None for none
+    :param policy_kwargs: further arguments of the policy
+    :param verbose: 0 for no output, 1 for info, 2 for debug messages
+    :param seed: seed of all pseudo-random generators
+    :param device: device of the networks
+    :param _init_setup_model: build the networks at once
+    :param cg_residual_tol: stop conjugate gradients once the residual's norm is this share of the gradient's; 0 to run
+        all ``cg_max_steps``
+    :raises ValueError: an argument is out of range; the message names it, its value and what is allowed
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    argument_rules: ClassVar[dict[str, Rule]] = {
+        "learning_rate": NON_NEGATIVE_OR_SCHEDULE,
+        "n_steps": POSITIVE_INTEGER,
+        "batch_size": POSITIVE_INTEGER,
+        "gamma": UNIT_INTERVAL,
+        "cg_max_steps": POSITIVE_INTEGER,
+        "cg_damping": NON_NEGATIVE,
+        "line_search_shrinking_factor": OPEN_UNIT_INTERVAL,
+        "line_search_max_iter": POSITIVE_INTEGER,
+        "n_critic_updates": POSITIVE_INTEGER,
+        "gae_lambda": UNIT_INTERVAL,
+        "target_kl": POSITIVE_OR_SCHEDULE,
+        "sub_sampling_factor": POSITIVE_INTEGER,
+        "cg_residual_tol": NON_NEGATIVE,
+    }
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 1e-3,
+        n_steps: int = 2048,
+        batch_size: int = 128,
+        gamma: float = 0.99,
+        cg_max_steps: int = 15,
+        cg_damping: float = 0.1,
+        line_search_shrinking_factor: float = 0.8,
+        line_search_max_iter: int = 10,
+        n_critic_updates: int = 10,
+        gae_lambda: float = 0.95,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        normalize_advantage: bool = True,
+        target_kl: float | Schedule = 0.05,
+        sub_sampling_factor: int = 1,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        cg_residual_tol: float = 0.1,
+    ) -> None:
+        check_arguments(self.argument_rules, locals())
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=0.0,
+            vf_coef=0.0,
+            max_grad_norm=0.0,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
+        )
+        self.batch_size = batch_size
+        self.cg_max_steps = cg_max_steps
+        self.cg_damping = cg_damping
+        self.line_search_shrinking_factor = line_search_shrinking_factor
+        self.line_search_max_iter = line_search_max_iter
+        self.n_critic_updates = n_critic_updates
+        self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
+        self.sub_sampling_factor = sub_sampling_factor
+        self.cg_residual_tol = cg_residual_tol
+        # Written into every zip: sb3-contrib's TRPO, which averages the KL over action dimensions, has no such mark.
+        self.kl_is_joint = True
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        check_arguments(self.argument_rules, vars(self))
+        self._check_rollout_size()
+        for method in ("get_distribution", "predict_values"):
+            if not hasattr(self.policy_class, method):
+                raise ValueError(
+                    f"policy={self.policy_class.__name__} is not allowed: it must be an actor-critic policy "
+                    f"with the methods get_distribution and predict_values, and it has no {method}"
+                )
+        super()._setup_model()
+        self._target_kl_schedule = FloatSchedule(self.target_kl)
+
+    def _check_rollout_size(self) -> None:
+        n_states = self.n_steps * self.n_envs
+        words = f"n_steps={self.n_steps} * n_envs={self.n_envs} = {n_states} states"
+        if self.normalize_advantage and n_states < 2:
+            raise ValueError(f"a rollout of {words} is not allowed with normalize_advantage=True: it must have at least 2")
+        if self.sub_sampling_factor > n_states:
+            raise ValueError(
+                f"sub_sampling_factor={self.sub_sampling_factor} is not allowed: it must be at most the rollout's {words}"
+            )
+        if n_states % self.batch_size > 0:
+            warnings.warn(
+                f"batch_size={self.batch_size} does not divide the rollout's {words}: "
+                f"the last minibatch of each pass has {n_states % self.batch_size}",
+                stacklevel=3,
+            )
+
+    @without_validation()
+    def train(self) -> None:
+        """One trust-region step of the policy, then the regression of the critic, on the rollout in the buffer."""
+        # One mode from start to end (dropout off, batch-norm statistics fixed): the one the rollout was collected in.
+        self.policy.set_training_mode(False)
+        self._update_learning_rate(self.policy.optimizer)
+        target_kl = self._target_kl_schedule(self._current_progress_remaining)
+        rollout = read_rollout(self.rollout_buffer, self.action_space)
+        if self.normalize_advantage:
+            rollout = normalize_advantages(rollout)
+        actor = actor_parameters(self.policy, self._distribution, rollout.select(slice(1)).inputs)
+
+        surrogate = Surrogate(self._distribution, rollout.chunks(None))  # L(θ), D̄_KL(θ_old, θ)
+        gradient = surrogate.gradient(actor)  # g
+        fisher = self._fisher(surrogate, rollout, actor)  # v ↦ (F + λI) v
+        solution = conjugate_gradient(fisher, gradient, max_iter=self.cg_max_steps, rtol=self.cg_residual_tol)
+        direction = solution.x  # s ≈ (F + λI)⁻¹ g
+        step_length = max_step_length(float(direction.dot(fisher(direction))), target_kl)  # β
+        search = self._search(surrogate, actor, step_length * direction, target_kl)  # θ_old + αʲβs, or θ_old
+        critic = self._fit_critic(rollout, actor)
+
+        self._n_updates += 1
+        self._record(surrogate, gradient, solution, step_length, search, critic)
+
+    def _distribution(self, inputs: Inputs) -> Distribution:
+        return self.policy.get_distribution(inputs)
+
+    def _values(self, inputs: Inputs) -> th.Tensor:
+        return self.policy.predict_values(inputs).flatten()
+
+    def _fisher(self, surrogate: Surrogate, rollout: Rollout, actor: list[nn.Parameter]) -> FisherOperator:
+        if self.sub_sampling_factor > 1:
+            surrogate = Surrogate(self._distribution, rollout.thin(self.sub_sampling_factor).chunks(None))
+        return FisherOperator(surrogate, actor, self.cg_damping)
+
+    def _search(self, surrogate: Surrogate, actor: list[nn.Parameter], step: th.Tensor, target_kl: float) -> Search:
+        """
+        Move θ along the step as far as the trust region and the objective allow, or leave everything as it was.
+
+        :param surrogate: L(θ) and D̄_KL(θ_old, θ)
+        :param actor: θ
+        :param step: βs, the longest step
+        :param target_kl: δ
+        :return: what was done
+        """
+        start = surrogate.start()
+        if not (bool(th.isfinite(step).all()) and bool(step.any())):
+            return Search(Outcome.SKIPPED, 0.0, 0, start)
+        before = Snapshot([*actor, *self.policy.buffers()])
+        theta_old = flatten(actor).detach()
+
+        def evaluate(fraction: float) -> Point:
+            assign(actor, theta_old + fraction * step)
+            return surrogate.evaluate()
+
+        search = backtracking_line_search(
+            evaluate,
+            start,
+            target_kl=target_kl,
+            shrink=self.line_search_shrinking_factor,
+            max_iter=self.line_search_max_iter,
+        )
+        if search.outcome is Outcome.REJECTED:
+            before.restore()
+        return search
+
+    def _fit_critic(self, rollout: Rollout, actor: list[nn.Parameter]) -> CriticFit:
+        critic = critic_parameters(self.policy, self._values, rollout.select(slice(1)).inputs, actor)
+        return fit_minibatches(
+            self._values,
+            rollout.inputs,
+            rollout.returns,
+            critic=critic,
+            optimizer=self.policy.optimizer,
+            batch_size=self.batch_size,
+            n_epochs=self.n_critic_updates,
+        )
+
+    def _record(
+        self,
+        surrogate: Surrogate,
+        gradient: th.Tensor,
+        solution: Solution,
+        step_length: float,
+        search: Search,
+        critic: CriticFit,
+    ) -> None:
+        buffer = self.rollout_buffer
+        step_length *= search.fraction
+        record = self.logger.record
+        record("train/policy_objective", search.point.objective)
+        record("train/kl_divergence_loss", search.point.kl)
+        record("train/value_loss", critic.value_loss)
+        record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        record("train/is_line_search_success", float(search.outcome is Outcome.ACCEPTED))
+        record("train/line_search", search.outcome.value, exclude="tensorboard")
+        record("train/backtracks", search.backtracks)
+        record("train/step_length", step_length)
+        record("train/expected_improvement", step_length * float(gradient.dot(solution.x)))
+        record("train/actual_improvement", search.point.objective - surrogate.start().objective)
+        record("train/gradient_norm", float(gradient.norm()))
+        record("train/cg_iterations", solution.iterations)
+        record("train/cg_residual", solution.residual)
+        record("train/cg_status", solution.status.value, exclude="tensorboard")
+        record("train/is_critic_fit_success", float(critic.succeeded))
+        record("train/entropy", surrogate.entropy)
+        record("train/target_kl", self._target_kl_schedule(self._current_progress_remaining))
+        if hasattr(self.policy, "log_std"):
+            record("train/std", th.exp(self.policy.log_std).mean().item())
+        record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def learn(
+        self: SelfTRPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "TRPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfTRPO:
+        """
+        Train.
+
+        :param total_timesteps: environment steps to collect, over all environments; rollouts are always completed
+        :param callback: SB3 callback, or a list of them
+        :param log_interval: updates between two writes of the log
+        :param tb_log_name: name of the run in TensorBoard
+        :param reset_num_timesteps: start counting at 0; False to continue an earlier call
+        :param progress_bar: show a progress bar (tqdm and rich)
+        :return: the model
+        """
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    @classmethod
+    def load(
+        cls: type[SelfTRPO],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfTRPO:
+        """
+        Load a model that this class, or sb3-contrib's TRPO, has saved.
+
+        A model of sb3-contrib keeps its parameters and optimizer state. Its ``target_kl`` and ``cg_damping`` refer to a
+        KL averaged over action dimensions; they are multiplied by the number of dimensions, with a warning that says so.
+
+        :param path: file, with or without ``.zip``, or file object
+        :param env: environment to go on with; None if predictions are all that is needed
+        :param device: device of the networks
+        :param custom_objects: attribute name ↦ object to use instead of the saved one
+        :param print_system_info: print the versions that saved the file, and the present ones
+        :param force_reset: reset the environment before training goes on
+        :param kwargs: attributes to change, by name
+        :return: the model
+        """
+        joint = "kl_is_joint" in saved_attributes(path)
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        if not joint:
+            model._convert_kl(keep=set(kwargs))
+        return model
+
+    def _convert_kl(self, keep: set[str]) -> None:
+        """Make arguments that refer to a KL averaged over action dimensions refer to the joint KL."""
+        averaged = isinstance(self.action_space, (spaces.Box, spaces.MultiBinary))
+        dimensions = get_action_dim(self.action_space) if averaged else 1
+        names = [name for name in ("target_kl", "cg_damping") if name not in keep]
+        changes = [f"{name}={getattr(self, name)} -> {getattr(self, name) * dimensions}" for name in names]
+        for name in names:
+            setattr(self, name, getattr(self, name) * dimensions)
+        self._target_kl_schedule = FloatSchedule(self.target_kl)
+        warnings.warn(
+            "the file is from sb3-contrib, whose KL is averaged over action dimensions; "
+            f"converted to the joint KL of {dimensions} dimension(s): {', '.join(changes) or 'nothing to change'}",
+            stacklevel=3,
+        )

@@ -1,0 +1,54 @@
+"""What the constructor accepts, argument by argument, said in words."""
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Rule(NamedTuple):
+    """
+    A condition on one argument.
+
+    :param holds: value ↦ whether it is allowed
+    :param allowed: the allowed values, in words
+    """
+
+    holds: Callable[[Any], bool]
+    allowed: str
+
+
+def _is_integer(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, numbers.Integral)
+
+
+def _is_real(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+POSITIVE_INTEGER = Rule(lambda value: _is_integer(value) and value >= 1, "a positive integer")
+NATURAL_NUMBER = Rule(lambda value: _is_integer(value) and value >= 0, "an integer of at least 0")
+UNIT_INTERVAL = Rule(lambda value: _is_real(value) and 0 <= value <= 1, "a number in [0, 1]")
+OPEN_UNIT_INTERVAL = Rule(lambda value: _is_real(value) and 0 < value < 1, "a number in (0, 1)")
+NON_NEGATIVE = Rule(lambda value: _is_real(value) and value >= 0, "a finite number of at least 0")
+POSITIVE = Rule(lambda value: _is_real(value) and value > 0, "a finite number above 0")
+POSITIVE_OR_SCHEDULE = Rule(
+    lambda value: callable(value) or POSITIVE.holds(value), f"{POSITIVE.allowed}, or a schedule progress_remaining -> number"
+)
+NON_NEGATIVE_OR_SCHEDULE = Rule(
+    lambda value: callable(value) or NON_NEGATIVE.holds(value),
+    f"{NON_NEGATIVE.allowed}, or a schedule progress_remaining -> number",
+)
+
+
+def check_arguments(rules: Mapping[str, Rule], arguments: Mapping[str, Any]) -> None:
+    """
+    Check arguments against their rules.
+
+    :param rules: rule of each argument, by name
+    :param arguments: values, by name; those without a rule are not looked at
+    :raises ValueError: a value is not allowed; names the argument, the value and what is allowed
+    """
+    for name, rule in rules.items():
+        if not rule.holds(arguments[name]):
+            raise ValueError(f"{name}={arguments[name]!r} is not allowed: it must be {rule.allowed}")
