@@ -26,12 +26,14 @@ class Solution(NamedTuple):
     :param status: why the solver stopped
     :param iterations: number of products with A that went into ``x``
     :param residual: ‖b − A x‖ / ‖b‖ by the recurrence, in the norm of M (0 when b is 0)
+    :param curvature: xᵀAx, from the residual
     """
 
     x: th.Tensor
     status: Status
     iterations: int
     residual: float
+    curvature: float
 
 
 def conjugate_gradient(
@@ -52,15 +54,15 @@ def conjugate_gradient(
     :return: the solution, with the reason for stopping
     """
     x, r = th.zeros_like(b), b.clone()
+    if not bool(b.any()):
+        return Solution(x, Status.CONVERGED, 0, 0.0, 0.0)
     z = r if M is None else M(r)
     p = z
     rz = r.dot(z)
     rz_start = float(rz)
-    if not rz_start >= 0.0 or rz_start == float("inf"):
-        status = Status.NONPOSITIVE_CURVATURE if rz_start < 0.0 else Status.NOT_FINITE
-        return Solution(x, status, 0, 1.0)
-    if rz_start == 0.0:
-        return Solution(x, Status.CONVERGED, 0, 0.0)
+    if not rz_start > 0.0 or rz_start == float("inf"):
+        status = Status.NONPOSITIVE_CURVATURE if rz_start <= 0.0 else Status.NOT_FINITE
+        return Solution(x, status, 0, 1.0, 0.0)
 
     status, iterations, residual = Status.ITERATION_BOUND, 0, 1.0
     while iterations < max_iter:
@@ -70,13 +72,13 @@ def conjugate_gradient(
             status = Status.NONPOSITIVE_CURVATURE if float(curvature) <= 0.0 else Status.NOT_FINITE
             break
         length = rz / curvature
-        r = r - length * Ap
-        z = r if M is None else M(r)
-        rz_new = r.dot(z)
+        r_new = r - length * Ap
+        z = r_new if M is None else M(r_new)
+        rz_new = r_new.dot(z)
         if not bool(th.isfinite(rz_new)):
             status = Status.NOT_FINITE
             break
-        x = x + length * p
+        x, r = x + length * p, r_new
         iterations += 1
         residual = (max(float(rz_new), 0.0) / rz_start) ** 0.5
         if residual <= rtol:
@@ -84,4 +86,4 @@ def conjugate_gradient(
             break
         p = z + (rz_new / rz) * p
         rz = rz_new
-    return Solution(x, status, iterations, residual)
+    return Solution(x, status, iterations, residual, float(x.dot(b - r)))

@@ -1,23 +1,34 @@
-"""The value regression: V(s) ≈ R̂ by minibatch steps of the policy's own optimizer."""
+"""The value regression, V(s) ≈ R̂: by Gauss-Newton steps, or by minibatch steps of the policy's own optimizer."""
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch as th
 from torch import nn
+from torch.distributions import Normal
 from torch.nn import functional as F
 
-from sb3_trpo.parameters import Snapshot, all_finite
-from sb3_trpo.rollout import Inputs, map_inputs
+from sb3_trpo.conjugate_gradient import conjugate_gradient
+from sb3_trpo.fisher import FisherOperator
+from sb3_trpo.layers import recorded_calls
+from sb3_trpo.line_search import Outcome, Point, backtracking_line_search
+from sb3_trpo.mlp import Chain
+from sb3_trpo.parameters import Snapshot, all_finite, assign, flatten
+from sb3_trpo.preconditioner import KroneckerPreconditioner
+from sb3_trpo.rollout import Inputs, Rollout, map_inputs
+from sb3_trpo.surrogate import Forward, Forwards
+
+ValueFunction = Callable[[Inputs], th.Tensor]
 
 
 class CriticFit(NamedTuple):
     """
     What the regression did.
 
-    :param value_loss: mean squared error, averaged over the minibatches (NaN if there was nothing to train)
-    :param succeeded: False if it met a number that is not finite and the critic is as it was before
+    :param value_loss: mean squared error: at the end (Gauss-Newton), or averaged over the minibatches; NaN if unknown
+    :param succeeded: False if no step was good, or a number was not finite, and the critic is as it was before
     """
 
     value_loss: float
@@ -25,7 +36,7 @@ class CriticFit(NamedTuple):
 
 
 def fit_minibatches(
-    values: Callable[[Inputs], th.Tensor],
+    values: ValueFunction,
     inputs: Inputs,
     returns: th.Tensor,
     *,
@@ -70,3 +81,108 @@ def fit_minibatches(
         optimizer.load_state_dict(optimizer_before)
         return CriticFit(float("nan"), False)
     return CriticFit(float(th.stack(losses).mean()), True)
+
+
+class Regression(Forwards):
+    """
+    The value function as the mean of a Gaussian with standard deviation 1 over returns.
+
+    Its log-likelihood is −½(V(s) − R̂)² up to a constant and its Fisher matrix E[Jᵀ J] is the Gauss-Newton matrix of
+    that loss, so everything made for the policy step serves the regression too.
+
+    :param values: observations ↦ V(s), shape ``(n_states,)``
+    :param chunks: the rollout, cut into pieces
+    :param layers: layers whose calls the forward passes with graphs record
+    """
+
+    def __init__(self, values: ValueFunction, chunks: Sequence[Rollout], layers: Sequence[nn.Module]) -> None:
+        super().__init__(partial(_regression_forward, values), chunks, layers)
+        self._values = values
+
+    def anew(self) -> "Regression":
+        """Make the same regression at the parameters that the model has now."""
+        return Regression(self._values, self._chunks, self._layers)
+
+    def loss(self) -> float:
+        """E[(V(s) − R̂)²] at the parameters that the regression was made with."""
+        return -2.0 * float(sum(c.weights.dot(old.log_prob) for c, old in zip(self._chunks, self._old, strict=True)))
+
+    def gradient(self, critic: Sequence[th.Tensor]) -> th.Tensor:
+        """
+        −∇ E[½(V(s) − R̂)²].
+
+        :param critic: the parameters
+        :return: flat gradient of the log-likelihood, shape ``(n_parameters,)``
+        """
+        return self._gradient(lambda chunk, _, new: chunk.weights.dot(new.log_prob), critic)
+
+
+def _regression_forward(values: ValueFunction, rollout: Rollout, layers: Sequence[nn.Module]) -> Forward:
+    with recorded_calls(layers) as calls:
+        predicted = values(rollout.inputs)
+    log_prob = -0.5 * (predicted - rollout.returns).square()
+    parts = (Normal(predicted.unsqueeze(1), th.ones_like(predicted).unsqueeze(1)),)
+    return Forward(parts, log_prob, th.zeros_like(log_prob), calls)
+
+
+def fit_gauss_newton(
+    values: ValueFunction,
+    chunks: Sequence[Rollout],
+    *,
+    critic: Sequence[nn.Parameter],
+    layers: Sequence[nn.Module],
+    chain: Chain | None,
+    damping: float,
+    n_steps: int,
+    cg_max_steps: int,
+    cg_residual_tol: float,
+) -> CriticFit:
+    """
+    Minimise E[(V(s) − R̂)²] by damped Gauss-Newton steps, each solved by conjugate gradients and shortened until it helps.
+
+    Source: Schulman et al. 2016 (GAE), section 5, where a trust region takes the place of the damping.
+
+    :param values: observations ↦ V(s), shape ``(n_states,)``
+    :param chunks: the rollout, cut into pieces
+    :param critic: the parameters to train
+    :param layers: those of its layers with Kronecker-factored blocks
+    :param chain: the layers between observation and value, if they are a chain
+    :param damping: added to the diagonal of the Gauss-Newton matrix; larger is smoother
+    :param n_steps: bound on the number of steps
+    :param cg_max_steps: bound on conjugate gradient iterations in each
+    :param cg_residual_tol: relative tolerance of conjugate gradients
+    :return: the loss at the end, and whether the first step helped
+    """
+    regression = Regression(values, chunks, layers)
+    for taken in range(n_steps if critic else 0):
+        solution = conjugate_gradient(
+            FisherOperator(regression, critic, damping, chain),
+            regression.gradient(critic),
+            max_iter=cg_max_steps,
+            rtol=cg_residual_tol,
+            M=KroneckerPreconditioner(regression, layers, critic, damping),
+        )
+        improved = _improve(regression, solution.x, critic)
+        if improved is None:
+            return CriticFit(regression.loss(), taken > 0)
+        regression = improved
+    return CriticFit(regression.loss(), True)
+
+
+def _improve(regression: Regression, step: th.Tensor, critic: Sequence[nn.Parameter]) -> Regression | None:
+    """Take the step, or the first of its halves that lowers the loss; else put the critic back."""
+    before = Snapshot(critic)
+    start = flatten(critic).detach()
+    candidate = regression
+
+    def evaluate(fraction: float) -> Point:
+        nonlocal candidate
+        assign(critic, start + fraction * step)
+        candidate = regression.anew()
+        return Point(objective=-candidate.loss(), kl=0.0)
+
+    search = backtracking_line_search(evaluate, Point(-regression.loss(), 0.0), target_kl=0.0, shrink=0.5, max_iter=6)
+    if search.outcome is Outcome.ACCEPTED:
+        return candidate
+    before.restore()
+    return None

@@ -5,6 +5,7 @@ either way the update works on the tuple of them, the *components*. A squashing 
 KL nor Fisher matrix, so the components before the squashing are all that is needed.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -93,6 +94,48 @@ def outputs(parts: Components) -> list[th.Tensor]:
     for part in parts:
         tensors += [part.loc, part.scale] if isinstance(part, Normal) else [part.logits]  # type: ignore[attr-defined]
     return tensors
+
+
+def detach(parts: Components) -> Components:
+    """
+    The same distributions as constants.
+
+    :param parts: components with a closed form
+    :return: components without a graph
+    """
+    constants: list[TorchDistribution] = []
+    for part in parts:
+        if isinstance(part, Normal):
+            constants.append(Normal(part.loc.detach(), part.scale.detach()))
+        else:
+            family = Categorical if isinstance(part, Categorical) else Bernoulli
+            constants.append(family(logits=part.logits.detach()))  # type: ignore[attr-defined]
+    return tuple(constants)
+
+
+def fisher_root(parts: Components, noise: Sequence[th.Tensor]) -> list[th.Tensor]:
+    """
+    The product B ε with B Bᵀ = M, so that cotangents with the Fisher metric as covariance come from white noise.
+
+    Normal(μ, σ): diag(1/σ, √2/σ). Categorical with probabilities p: (diag(√p) − p√pᵀ). Bernoulli: √(p(1 − p)).
+
+    :param parts: components with a closed form
+    :param noise: ε with mean 0 and covariance I, shaped as :func:`outputs`
+    :return: B ε, shaped as :func:`outputs`
+    """
+    rest = iter(noise)
+    products: list[th.Tensor] = []
+    for part in parts:
+        if isinstance(part, Normal):
+            inverse = part.scale.detach().reciprocal()
+            products += [next(rest) * inverse, math.sqrt(2.0) * next(rest) * inverse]
+        elif isinstance(part, Categorical):
+            weighted = part.probs.detach().sqrt() * next(rest)
+            products.append(weighted - part.probs.detach() * weighted.sum(dim=-1, keepdim=True))
+        else:
+            probability = part.probs.detach()  # type: ignore[attr-defined]
+            products.append((probability * (1.0 - probability)).sqrt() * next(rest))
+    return products
 
 
 def fisher_metric(parts: Components, tangents: Sequence[th.Tensor]) -> list[th.Tensor]:

@@ -8,11 +8,13 @@ SB3's distributions. For any other family the Hessian of the KL is taken by diff
 from collections.abc import Iterator, Sequence
 
 import torch as th
+from torch.distributions import Normal
 
 from sb3_trpo.conjugate_gradient import LinearMap
 from sb3_trpo.distributions import Components, fisher_metric, has_closed_form, joint_kl, outputs
+from sb3_trpo.mlp import Chain, ChainJacobian
 from sb3_trpo.parameters import flatten, unflatten
-from sb3_trpo.surrogate import Surrogate
+from sb3_trpo.surrogate import Forward, Forwards
 
 
 def gauss_newton_product(parts: Components, weights: th.Tensor, actor: Sequence[th.Tensor]) -> LinearMap:
@@ -45,6 +47,42 @@ def gauss_newton_product(parts: Components, weights: th.Tensor, actor: Sequence[
     return product
 
 
+def chain_product(new: Forward, weights: th.Tensor, actor: Sequence[th.Tensor], chain: Chain) -> LinearMap | None:
+    """
+    v ↦ E[Jᵀ M J v] for a chain of layers whose output is the distribution's location or logits.
+
+    The only other parameter may be the state-independent ``log_std`` of a Gaussian, whose Fisher block is 2I.
+
+    :param new: the policy on the states, with the calls of the chain's layers
+    :param weights: share of each state in the mean, shape ``(n_states,)``
+    :param actor: the parameters θ
+    :param chain: the layers
+    :return: the product, for flat vectors; None if θ is not the chain's parameters and ``log_std``
+    """
+    position = {id(parameter): i for i, parameter in enumerate(actor)}
+    in_chain = [position.get(id(parameter), -1) for parameter in chain.parameters]
+    rest = [i for i in range(len(actor)) if i not in in_chain]
+    is_gaussian = isinstance(new.parts[0], Normal)
+    has_log_std = is_gaussian and outputs(new.parts)[1].requires_grad
+    if -1 in in_chain or len(rest) != int(has_log_std) or [call.layer for call in new.calls] != chain.layers:
+        return None
+    jacobian = ChainJacobian(new.calls, chain.activations)
+    widths = [z.shape[1] for z in outputs(new.parts)][: 1 if is_gaussian else None]
+    column = weights.unsqueeze(1)
+
+    def product(v: th.Tensor) -> th.Tensor:
+        tangents = unflatten(v, actor)
+        moved = jacobian.push([tangents[i] for i in in_chain]).split(widths, dim=1)
+        metric = fisher_metric(new.parts, [*moved, th.zeros_like(moved[0])] if is_gaussian else moved)
+        pulled = jacobian.pull(th.cat(metric[: len(widths)], dim=1) * column)
+        products = [2.0 * weights.sum() * tangent for tangent in tangents]
+        for i, part in zip(in_chain, pulled, strict=True):
+            products[i] = part
+        return flatten(products)
+
+    return product
+
+
 def kl_hessian_product(old: Components, new: Components, weights: th.Tensor, actor: Sequence[th.Tensor]) -> LinearMap:
     """
     v ↦ ∇²D̄_KL v at θ_old, by differentiating the KL twice: exact for any distribution with a KL in torch.
@@ -70,20 +108,25 @@ class FisherOperator:
 
     A rollout that fits one chunk is linearised once for all products; a larger one anew, chunk by chunk, in each.
 
-    :param surrogate: the states over which F is the mean
+    :param forwards: the model on the states over which F is the mean
     :param actor: the parameters θ
     :param damping: λ
+    :param chain: the layers between observation and distribution, if they are a chain; ``forwards`` records them
     """
 
-    def __init__(self, surrogate: Surrogate, actor: Sequence[th.Tensor], damping: float) -> None:
+    def __init__(self, forwards: Forwards, actor: Sequence[th.Tensor], damping: float, chain: Chain | None = None) -> None:
         self.damping = damping
-        self._surrogate = surrogate
+        self._chain = chain
+        self._forwards = forwards
         self._actor = actor
-        self._kept = list(self._products()) if surrogate.is_one_graph else None
+        self._kept = list(self._products()) if forwards.is_one_graph else None
 
     def _products(self) -> Iterator[LinearMap]:
-        for chunk, old, new in self._surrogate.graphs():
-            if has_closed_form(new.parts):
+        for chunk, old, new in self._forwards.graphs():
+            fast = chain_product(new, chunk.weights, self._actor, self._chain) if self._chain else None
+            if fast is not None:
+                yield fast
+            elif has_closed_form(new.parts):
                 yield gauss_newton_product(new.parts, chunk.weights, self._actor)
             else:
                 yield kl_hessian_product(old.parts, new.parts, chunk.weights, self._actor)

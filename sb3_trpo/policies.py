@@ -4,7 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch as th
-from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
 from torch import nn
 
 from sb3_trpo.distributions import components, joint_kl
@@ -76,6 +81,32 @@ def critic_parameters(
     """
     taken = {id(parameter) for parameter in actor}
     return [parameter for parameter in _reached(policy, values(inputs)) if id(parameter) not in taken]
+
+
+def value_function(
+    policy: nn.Module, critic: list[nn.Parameter]
+) -> tuple[Callable[[Inputs], th.Tensor] | None, Callable[[Inputs], th.Tensor]]:
+    """
+    V(s) in two parts, so that what the critic cannot change is computed once per update: V(s) = head(encode(s)).
+
+    The encoding is SB3's features wherever the critic has no parameter in their extractor: flat observations, or an
+    extractor that it shares with the actor.
+
+    :param policy: actor-critic policy
+    :param critic: the critic's own parameters
+    :return: encode (None if there is nothing to compute beforehand) and head
+    """
+    trained = {id(parameter) for parameter in critic}
+    if (
+        isinstance(policy, ActorCriticPolicy)
+        and type(policy).predict_values is ActorCriticPolicy.predict_values
+        and not any(id(parameter) in trained for parameter in policy.vf_features_extractor.parameters())
+    ):
+        return (
+            lambda inputs: BasePolicy.extract_features(policy, inputs, policy.vf_features_extractor),
+            lambda features: policy.value_net(policy.mlp_extractor.forward_critic(features)).flatten(),
+        )
+    return None, lambda inputs: policy.predict_values(inputs).flatten()  # type: ignore[operator]
 
 
 def _reached(module: nn.Module, tensor: th.Tensor) -> list[nn.Parameter]:

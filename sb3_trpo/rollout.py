@@ -43,7 +43,7 @@ class Rollout:
     returns: th.Tensor
     weights: th.Tensor
 
-    def select(self, index: slice) -> "Rollout":
+    def select(self, index: slice | th.Tensor) -> "Rollout":
         """
         Some of the states, weights unchanged.
 
@@ -60,12 +60,16 @@ class Rollout:
 
     def thin(self, factor: int) -> "Rollout":
         """
-        Every ``factor``-th state, weighted to stand for all of them.
+        A random 1/``factor`` of the states, weighted to stand for all of them.
+
+        A regular stride would pick the same environments every time wherever the factor divides their number. The
+        choice depends on the number of states alone.
 
         :param factor: 1 keeps all
         :return: the thinned rollout
         """
-        thinned = self.select(slice(None, None, factor))
+        shuffled = th.randperm(self.n_states, generator=th.Generator().manual_seed(0))
+        thinned = self.select(shuffled[: -(-self.n_states // factor)].sort().values.to(self.actions.device))
         return replace(thinned, weights=thinned.weights / thinned.weights.sum())
 
     def chunks(self, max_size: int | None) -> list["Rollout"]:
@@ -77,6 +81,17 @@ class Rollout:
         """
         size = self.n_states if max_size is None else max_size
         return [self.select(slice(start, start + size)) for start in range(0, self.n_states, size)]
+
+    @th.no_grad()
+    def encoded(self, encode: Callable[[Inputs], th.Tensor], max_size: int | None) -> "Rollout":
+        """
+        The same states with features in place of their observations.
+
+        :param encode: observations ↦ features
+        :param max_size: most states to encode at once
+        :return: the rollout with encoded observations
+        """
+        return replace(self, inputs=th.cat([encode(chunk.inputs) for chunk in self.chunks(max_size)]))
 
 
 def read_rollout(buffer: RolloutBuffer, action_space: spaces.Space) -> Rollout:  # type: ignore[type-arg]

@@ -1,12 +1,15 @@
-"""The two functions of TRPO's constrained problem over one rollout: the surrogate objective and the KL."""
+"""Forward passes over a rollout, and the two functions of TRPO's problem on them: surrogate objective and KL."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch as th
 from stable_baselines3.common.distributions import Distribution
+from torch import nn
 
-from sb3_trpo.distributions import Components, components, joint_kl
+from sb3_trpo.distributions import Components, components, detach, has_closed_form, joint_kl
+from sb3_trpo.layers import LayerCall, recorded_calls
 from sb3_trpo.line_search import Point
 from sb3_trpo.parameters import flatten
 from sb3_trpo.rollout import Inputs, Rollout
@@ -21,23 +24,35 @@ class Forward(NamedTuple):
     :param parts: components of the action distribution
     :param log_prob: log π(a|s) of the actions taken, shape ``(n_states,)``
     :param entropy: entropy estimate in nats, shape ``(n_states,)``
+    :param calls: calls of the layers that were to be recorded, in order
     """
 
     parts: Components
     log_prob: th.Tensor
     entropy: th.Tensor
+    calls: Sequence[LayerCall] = ()
+
+    def detached(self) -> "Forward":
+        """
+        Cut off from the graph.
+
+        :return: the same numbers as constants
+        """
+        return Forward(detach(self.parts), self.log_prob.detach(), self.entropy.detach())
 
 
-def forward(policy: PolicyFunction, rollout: Rollout) -> Forward:
+def policy_forward(policy: PolicyFunction, rollout: Rollout, layers: Sequence[nn.Module] = ()) -> Forward:
     """
     Evaluate a policy on a rollout's states and actions.
 
     :param policy: observations ↦ SB3 action distribution
     :param rollout: states and actions
+    :param layers: layers whose calls to record
     :return: its distribution, log-probabilities and entropy
     :raises ValueError: the distribution's log-probabilities are not one number a state
     """
-    distribution = policy(rollout.inputs)
+    with recorded_calls(layers) as calls:
+        distribution = policy(rollout.inputs)
     log_prob = distribution.log_prob(rollout.actions)
     if log_prob.shape != rollout.advantages.shape:
         raise ValueError(
@@ -46,31 +61,50 @@ def forward(policy: PolicyFunction, rollout: Rollout) -> Forward:
         )
     entropy = distribution.entropy()
     # A squashed distribution has no closed form; −log π of the action taken is an unbiased estimate.
-    return Forward(components(distribution), log_prob, -log_prob if entropy is None else entropy)
+    return Forward(components(distribution), log_prob, -log_prob if entropy is None else entropy, calls)
 
 
-class Surrogate:
+class Forwards:
     """
-    L(θ) = E[π_θ(a|s) / π_old(a|s) · Â] and D̄_KL(θ_old, θ) = E[KL(π_old(·|s) ‖ π_θ(·|s))] over a rollout.
+    A model's forward passes over a rollout at the parameters it has now, θ_old: their numbers, and their graphs.
 
-    π_old is the policy as it is when the surrogate is made. Expectations are weighted means over the rollout's states,
-    summed chunk by chunk so that memory is bounded by the largest chunk. Source: Schulman et al. 2015, equation 14.
+    Means over the rollout are sums over its chunks, so that memory is bounded by the largest chunk.
 
-    :param policy: observations ↦ SB3 action distribution, at the present θ
+    :param forward: (rollout, layers to record) ↦ the model on its states
     :param chunks: the rollout, cut into pieces
+    :param layers: layers whose calls the forward passes with graphs record
     """
 
-    def __init__(self, policy: PolicyFunction, chunks: Sequence[Rollout]) -> None:
-        self._policy = policy
+    def __init__(
+        self,
+        forward: Callable[[Rollout, Sequence[nn.Module]], Forward],
+        chunks: Sequence[Rollout],
+        layers: Sequence[nn.Module] = (),
+    ) -> None:
+        self._forward = forward
         self._chunks = chunks
-        with th.no_grad():
-            self._old = [forward(policy, chunk) for chunk in chunks]
-        self._only_graph: Forward | None = None
+        self._layers = layers
+        self._only_graph = forward(chunks[0], layers) if len(chunks) == 1 else None
+        if self._only_graph is not None and has_closed_form(self._only_graph.parts):
+            self._old = [self._only_graph.detached()]
+        else:
+            with th.no_grad():
+                self._old = [forward(chunk, ()) for chunk in chunks]
 
     @property
-    def entropy(self) -> float:
-        """Mean entropy of π_old in nats."""
-        return float(sum(chunk.weights.dot(old.entropy) for chunk, old in zip(self._chunks, self._old, strict=True)))
+    def n_states(self) -> int:
+        """Number of states in the rollout."""
+        return sum(chunk.n_states for chunk in self._chunks)
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether the Fisher metric of the distribution's family is known in closed form."""
+        return has_closed_form(self._old[0].parts)
+
+    @property
+    def is_one_graph(self) -> bool:
+        """Whether :meth:`graphs` keeps its only graph."""
+        return self._only_graph is not None
 
     def graphs(self) -> Iterator[tuple[Rollout, Forward, Forward]]:
         """
@@ -81,17 +115,34 @@ class Surrogate:
         :return: iterator over (chunk, π_old detached, π_θ with its graph)
         """
         for chunk, old in zip(self._chunks, self._old, strict=True):
-            if len(self._chunks) > 1:
-                yield chunk, old, forward(self._policy, chunk)
-            else:
-                if self._only_graph is None:
-                    self._only_graph = forward(self._policy, chunk)
-                yield chunk, old, self._only_graph
+            yield chunk, old, self._only_graph or self._forward(chunk, self._layers)
+
+    def _gradient(self, function: Callable[[Rollout, Forward, Forward], th.Tensor], theta: Sequence[th.Tensor]) -> th.Tensor:
+        total = th.zeros_like(flatten(theta), requires_grad=False)
+        for chunk, old, new in self.graphs():
+            value = function(chunk, old, new)
+            total += flatten(th.autograd.grad(value, theta, retain_graph=self.is_one_graph, materialize_grads=True))
+        return total
+
+
+class Surrogate(Forwards):
+    """
+    L(θ) = E[π_θ(a|s) / π_old(a|s) · Â] and D̄_KL(θ_old, θ) = E[KL(π_old(·|s) ‖ π_θ(·|s))] over a rollout.
+
+    π_old is the policy as it is when the surrogate is made. Source: Schulman et al. 2015, equation 14.
+
+    :param policy: observations ↦ SB3 action distribution, at the present θ
+    :param chunks: the rollout, cut into pieces
+    :param layers: layers whose calls the forward passes with graphs record
+    """
+
+    def __init__(self, policy: PolicyFunction, chunks: Sequence[Rollout], layers: Sequence[nn.Module] = ()) -> None:
+        super().__init__(partial(policy_forward, policy), chunks, layers)
 
     @property
-    def is_one_graph(self) -> bool:
-        """Whether :meth:`graphs` keeps its only graph."""
-        return len(self._chunks) == 1
+    def entropy(self) -> float:
+        """Mean entropy of π_old in nats."""
+        return float(sum(chunk.weights.dot(old.entropy) for chunk, old in zip(self._chunks, self._old, strict=True)))
 
     def gradient(self, actor: Sequence[th.Tensor]) -> th.Tensor:
         """
@@ -100,11 +151,7 @@ class Surrogate:
         :param actor: the parameters θ
         :return: flat gradient, shape ``(n_parameters,)``
         """
-        total = th.zeros_like(flatten(actor), requires_grad=False)
-        for chunk, old, new in self.graphs():
-            objective = _objective(chunk, old, new)
-            total += flatten(th.autograd.grad(objective, actor, retain_graph=self.is_one_graph, materialize_grads=True))
-        return total
+        return self._gradient(_objective, actor)
 
     @th.no_grad()
     def evaluate(self) -> Point:
@@ -115,7 +162,7 @@ class Surrogate:
         """
         totals = th.zeros(2, device=self._chunks[0].weights.device, dtype=self._chunks[0].weights.dtype)
         for chunk, old in zip(self._chunks, self._old, strict=True):
-            new = forward(self._policy, chunk)
+            new = self._forward(chunk, ())
             kl = chunk.weights.dot(joint_kl(old.parts, new.parts))
             totals += th.stack([_objective(chunk, old, new), kl])
         objective, kl_value = totals.tolist()

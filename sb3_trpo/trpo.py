@@ -18,23 +18,28 @@ from torch import nn
 
 from sb3_trpo.checkpoint import saved_attributes
 from sb3_trpo.conjugate_gradient import Solution, conjugate_gradient
-from sb3_trpo.critic import CriticFit, fit_minibatches
+from sb3_trpo.critic import CriticFit, fit_gauss_newton, fit_minibatches
 from sb3_trpo.distributions import without_validation
 from sb3_trpo.fisher import FisherOperator
 from sb3_trpo.line_search import Outcome, Point, Search, backtracking_line_search, max_step_length
+from sb3_trpo.mlp import actor_chain, critic_chain
 from sb3_trpo.parameters import Snapshot, assign, flatten
-from sb3_trpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, actor_parameters, critic_parameters
+from sb3_trpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, actor_parameters, critic_parameters, value_function
+from sb3_trpo.preconditioner import KroneckerPreconditioner, factored_layers
 from sb3_trpo.rollout import Inputs, Rollout, normalize_advantages, read_rollout
 from sb3_trpo.surrogate import Surrogate
 from sb3_trpo.validation import (
     NON_NEGATIVE,
     NON_NEGATIVE_OR_SCHEDULE,
     OPEN_UNIT_INTERVAL,
+    POSITIVE,
     POSITIVE_INTEGER,
+    POSITIVE_INTEGER_OR_NONE,
     POSITIVE_OR_SCHEDULE,
     UNIT_INTERVAL,
     Rule,
     check_arguments,
+    one_of,
 )
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
@@ -77,6 +82,14 @@ class TRPO(OnPolicyAlgorithm):
     :param _init_setup_model: build the networks at once
     :param cg_residual_tol: stop conjugate gradients once the residual's norm is this share of the gradient's; 0 to run
         all ``cg_max_steps``
+    :param cg_preconditioner: ``"kfac"`` for Kronecker factors, None for plain conjugate gradients
+    :param critic_method: how the critic is fitted: ``"gauss_newton"`` (damped Gauss-Newton steps on the whole rollout), or
+        ``"minibatch"`` (``n_critic_updates`` passes of the policy's optimizer, as sb3-contrib)
+    :param critic_damping: damping of the Gauss-Newton steps; larger is smoother
+    :param n_critic_steps: Gauss-Newton steps per update
+    :param critic_cg_max_steps: bound on conjugate gradient iterations in each Gauss-Newton step
+    :param max_batch_size: most states in one forward pass of the update, to bound its memory; results stay the same.
+        None for all states at once, or 256 with images
     :raises ValueError: an argument is out of range; the message names it, its value and what is allowed
     """
 
@@ -99,6 +112,12 @@ class TRPO(OnPolicyAlgorithm):
         "target_kl": POSITIVE_OR_SCHEDULE,
         "sub_sampling_factor": POSITIVE_INTEGER,
         "cg_residual_tol": NON_NEGATIVE,
+        "cg_preconditioner": one_of("kfac", None),
+        "critic_method": one_of("gauss_newton", "minibatch"),
+        "critic_damping": POSITIVE,
+        "n_critic_steps": POSITIVE_INTEGER,
+        "critic_cg_max_steps": POSITIVE_INTEGER,
+        "max_batch_size": POSITIVE_INTEGER_OR_NONE,
     }
 
     def __init__(
@@ -131,6 +150,12 @@ class TRPO(OnPolicyAlgorithm):
         _init_setup_model: bool = True,
         *,
         cg_residual_tol: float = 0.1,
+        cg_preconditioner: str | None = "kfac",
+        critic_method: str = "gauss_newton",
+        critic_damping: float = 0.1,
+        n_critic_steps: int = 2,
+        critic_cg_max_steps: int = 8,
+        max_batch_size: int | None = None,
     ) -> None:
         check_arguments(self.argument_rules, locals())
         super().__init__(
@@ -166,6 +191,12 @@ class TRPO(OnPolicyAlgorithm):
         self.target_kl = target_kl
         self.sub_sampling_factor = sub_sampling_factor
         self.cg_residual_tol = cg_residual_tol
+        self.cg_preconditioner = cg_preconditioner
+        self.critic_method = critic_method
+        self.critic_damping = critic_damping
+        self.n_critic_steps = n_critic_steps
+        self.critic_cg_max_steps = critic_cg_max_steps
+        self.max_batch_size = max_batch_size
         # Written into every zip: sb3-contrib's TRPO, which averages the KL over action dimensions, has no such mark.
         self.kl_is_joint = True
 
@@ -210,15 +241,20 @@ class TRPO(OnPolicyAlgorithm):
         rollout = read_rollout(self.rollout_buffer, self.action_space)
         if self.normalize_advantage:
             rollout = normalize_advantages(rollout)
-        actor = actor_parameters(self.policy, self._distribution, rollout.select(slice(1)).inputs)
+        actor = actor_parameters(self.policy, self._distribution, rollout.select(slice(1)).inputs)  # θ
+        layers = factored_layers(self.policy, actor)
 
-        surrogate = Surrogate(self._distribution, rollout.chunks(None))  # L(θ), D̄_KL(θ_old, θ)
+        surrogate = Surrogate(self._distribution, rollout.chunks(self.max_batch_size), layers)  # L(θ), D̄_KL(θ_old, θ)
         gradient = surrogate.gradient(actor)  # g
-        fisher = self._fisher(surrogate, rollout, actor)  # v ↦ (F + λI) v
-        solution = conjugate_gradient(fisher, gradient, max_iter=self.cg_max_steps, rtol=self.cg_residual_tol)
-        direction = solution.x  # s ≈ (F + λI)⁻¹ g
-        step_length = max_step_length(float(direction.dot(fisher(direction))), target_kl)  # β
-        search = self._search(surrogate, actor, step_length * direction, target_kl)  # θ_old + αʲβs, or θ_old
+        curved = self._thinned(surrogate, rollout, layers)
+        fisher = FisherOperator(curved, actor, self.cg_damping, actor_chain(self.policy))  # v ↦ (F + λI) v
+        inverse = self._preconditioner(curved, layers, actor)  # ≈ v ↦ (F + λI)⁻¹ v
+        solution = conjugate_gradient(
+            fisher, gradient, max_iter=self.cg_max_steps, rtol=self.cg_residual_tol, M=inverse
+        )  # s ≈ (F + λI)⁻¹ g
+        step_length = max_step_length(solution.curvature, target_kl)  # β
+        step = step_length * solution.x
+        search = self._search(surrogate, actor, step, target_kl)  # θ_old + αʲβs, or θ_old
         critic = self._fit_critic(rollout, actor)
 
         self._n_updates += 1
@@ -230,10 +266,17 @@ class TRPO(OnPolicyAlgorithm):
     def _values(self, inputs: Inputs) -> th.Tensor:
         return self.policy.predict_values(inputs).flatten()
 
-    def _fisher(self, surrogate: Surrogate, rollout: Rollout, actor: list[nn.Parameter]) -> FisherOperator:
-        if self.sub_sampling_factor > 1:
-            surrogate = Surrogate(self._distribution, rollout.thin(self.sub_sampling_factor).chunks(None))
-        return FisherOperator(surrogate, actor, self.cg_damping)
+    def _thinned(self, surrogate: Surrogate, rollout: Rollout, layers: list[nn.Module]) -> Surrogate:
+        if self.sub_sampling_factor == 1:
+            return surrogate
+        return Surrogate(self._distribution, rollout.thin(self.sub_sampling_factor).chunks(self.max_batch_size), layers)
+
+    def _preconditioner(
+        self, surrogate: Surrogate, layers: list[nn.Module], actor: list[nn.Parameter]
+    ) -> KroneckerPreconditioner | None:
+        if self.cg_preconditioner is None or not surrogate.has_closed_form:
+            return None
+        return KroneckerPreconditioner(surrogate, layers, actor, self.cg_damping)
 
     def _search(self, surrogate: Surrogate, actor: list[nn.Parameter], step: th.Tensor, target_kl: float) -> Search:
         """
@@ -267,9 +310,31 @@ class TRPO(OnPolicyAlgorithm):
         return search
 
     def _fit_critic(self, rollout: Rollout, actor: list[nn.Parameter]) -> CriticFit:
+        """
+        Regress the values on the returns, in the parameters that the policy does not depend on.
+
+        :param rollout: the rollout
+        :param actor: θ, not to be touched
+        :return: what the regression did
+        """
         critic = critic_parameters(self.policy, self._values, rollout.select(slice(1)).inputs, actor)
+        encode, head = value_function(self.policy, critic)
+        if encode is not None:
+            rollout = rollout.encoded(encode, self.max_batch_size)
+        if self.critic_method == "gauss_newton":
+            return fit_gauss_newton(
+                head,
+                rollout.chunks(self.max_batch_size),
+                critic=critic,
+                layers=factored_layers(self.policy, critic),
+                chain=critic_chain(self.policy),
+                damping=self.critic_damping,
+                n_steps=self.n_critic_steps,
+                cg_max_steps=self.critic_cg_max_steps,
+                cg_residual_tol=self.cg_residual_tol,
+            )
         return fit_minibatches(
-            self._values,
+            head,
             rollout.inputs,
             rollout.returns,
             critic=critic,

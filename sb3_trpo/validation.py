@@ -27,6 +27,9 @@ def _is_real(value: Any) -> bool:
 
 
 POSITIVE_INTEGER = Rule(lambda value: _is_integer(value) and value >= 1, "a positive integer")
+POSITIVE_INTEGER_OR_NONE = Rule(
+    lambda value: value is None or POSITIVE_INTEGER.holds(value), f"{POSITIVE_INTEGER.allowed}, or None"
+)
 NATURAL_NUMBER = Rule(lambda value: _is_integer(value) and value >= 0, "an integer of at least 0")
 UNIT_INTERVAL = Rule(lambda value: _is_real(value) and 0 <= value <= 1, "a number in [0, 1]")
 OPEN_UNIT_INTERVAL = Rule(lambda value: _is_real(value) and 0 < value < 1, "a number in (0, 1)")
@@ -39,6 +42,16 @@ NON_NEGATIVE_OR_SCHEDULE = Rule(
     lambda value: callable(value) or NON_NEGATIVE.holds(value),
     f"{NON_NEGATIVE.allowed}, or a schedule progress_remaining -> number",
 )
+
+
+def one_of(*values: object) -> Rule:
+    """
+    Rule for an argument with a few values.
+
+    :param values: the allowed values
+    :return: the rule
+    """
+    return Rule(lambda value: value in values, " or ".join(map(repr, values)))
 
 
 def check_arguments(rules: Mapping[str, Rule], arguments: Mapping[str, Any]) -> None:
