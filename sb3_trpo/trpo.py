@@ -5,18 +5,23 @@ import pathlib
 import warnings
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from sb3_trpo.acting import Observations, action_transform, make_actor
 from sb3_trpo.checkpoint import saved_attributes
+from sb3_trpo.collect import Truncation, can_defer, complete_buffer, find_truncations, write_step
 from sb3_trpo.conjugate_gradient import Solution, conjugate_gradient
 from sb3_trpo.critic import CriticFit, fit_gauss_newton, fit_minibatches
 from sb3_trpo.distributions import without_validation
@@ -27,6 +32,7 @@ from sb3_trpo.parameters import Snapshot, assign, flatten
 from sb3_trpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, actor_parameters, critic_parameters, value_function
 from sb3_trpo.preconditioner import KroneckerPreconditioner, factored_layers
 from sb3_trpo.rollout import Inputs, Rollout, normalize_advantages, read_rollout
+from sb3_trpo.stepping import lean_stepping
 from sb3_trpo.surrogate import Surrogate
 from sb3_trpo.validation import (
     NON_NEGATIVE,
@@ -230,6 +236,54 @@ class TRPO(OnPolicyAlgorithm):
                 f"the last minibatch of each pass has {n_states % self.batch_size}",
                 stacklevel=3,
             )
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """
+        Fill the buffer by acting with the policy.
+
+        Callbacks find SB3's local variables, but for ``obs_tensor``, ``values`` and ``log_probs``: those are computed for
+        the whole rollout at its end, where ``values`` (of the last observations) is there in ``on_rollout_end``.
+
+        :param env: the training environment
+        :param callback: called at every step, and at the rollout's start and end
+        :param rollout_buffer: buffer to fill
+        :param n_rollout_steps: steps to take in each environment
+        :return: False if the callback stopped the training
+        """
+        if not can_defer(self.policy, rollout_buffer):
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        self.policy.set_training_mode(False)
+        rollout_buffer.reset()
+        act = make_actor(self.policy, n_rollout_steps, env.num_envs, self.sde_sample_freq)
+        to_env = action_transform(self.policy)
+        truncations: list[Truncation] = []
+        callback.on_rollout_start()
+
+        with lean_stepping(env):
+            for n_steps in range(n_rollout_steps):
+                obs: Observations = self._last_obs  # type: ignore[assignment]
+                starts: np.ndarray = self._last_episode_starts  # type: ignore[assignment]
+                actions = act(obs, n_steps)
+                clipped_actions = to_env(actions)
+                new_obs, rewards, dones, infos = env.step(clipped_actions)
+                self.num_timesteps += env.num_envs
+                callback.update_locals(locals())
+                if not callback.on_step():
+                    return False
+
+                self._update_info_buffer(infos, dones)
+                if dones.any():
+                    truncations += find_truncations(n_steps, dones, infos)
+                write_step(rollout_buffer, n_steps, obs, actions, rewards, starts)
+                self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
+
+        last_obs: Observations = new_obs  # type: ignore[assignment]
+        values = complete_buffer(rollout_buffer, self.policy, truncations, last_obs, dones, self.max_batch_size)
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
 
     @without_validation()
     def train(self) -> None:

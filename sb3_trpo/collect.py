@@ -1,0 +1,149 @@
+"""Collecting a rollout: act first, evaluate afterwards.
+
+The policy's parameters do not change during a rollout, so values and log-probabilities need not be computed step by step:
+only acting happens then. Afterwards the whole rollout, the observation after it and the last observations of truncated
+episodes are evaluated in large batches. The buffer ends with the numbers that SB3's loop would have put there.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import obs_as_tensor
+
+from sb3_trpo.acting import Observations
+from sb3_trpo.advantages import generalized_advantages
+from sb3_trpo.rollout import read_rollout
+
+
+class Truncation(NamedTuple):
+    """
+    An episode that a time limit has cut off.
+
+    :param step: step of the rollout at which it ended
+    :param env: index of the environment
+    :param observation: its last observation
+    """
+
+    step: int
+    env: int
+    observation: Any
+
+
+def can_defer(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> bool:
+    """
+    Whether a rollout can be evaluated after it was collected.
+
+    :param policy: the policy; one with a ``forward`` of its own must be asked at every step
+    :param buffer: the buffer; a class of the user's own must be filled by its own methods
+    :return: True for SB3's policies and buffers, and policies that change nothing but networks or distributions
+    """
+    return type(buffer) in (RolloutBuffer, DictRolloutBuffer) and type(policy).forward is ActorCriticPolicy.forward
+
+
+def write_step(
+    buffer: RolloutBuffer,
+    step: int,
+    observations: Observations,
+    actions: np.ndarray,
+    rewards: np.ndarray,
+    episode_starts: np.ndarray,
+) -> None:
+    """
+    Put one step of all environments into the buffer, but for what is evaluated later.
+
+    :param buffer: the buffer
+    :param step: its row
+    :param observations: observations that were acted on
+    :param actions: actions taken, before clipping
+    :param rewards: rewards received
+    :param episode_starts: whether each observation began an episode
+    """
+    if isinstance(buffer, DictRolloutBuffer):
+        for key, stored in buffer.observations.items():
+            stored[step] = observations[key].reshape(stored[step].shape)
+    else:
+        stored = buffer.observations
+        stored[step] = observations.reshape(stored.shape[1:])  # type: ignore[union-attr]
+    buffer.actions[step] = actions.reshape(buffer.actions.shape[1:])
+    buffer.rewards[step] = rewards
+    buffer.episode_starts[step] = episode_starts
+
+
+def find_truncations(step: int, dones: np.ndarray, infos: list[dict[str, Any]]) -> list[Truncation]:
+    """
+    The episodes that a time limit cut off at this step.
+
+    :param step: step of the rollout
+    :param dones: whether each environment's episode ended
+    :param infos: what the environments said of the step
+    :return: the truncated ones, with their last observations
+    """
+    return [
+        Truncation(step, int(env), infos[env]["terminal_observation"])
+        for env in np.flatnonzero(dones)
+        if infos[env].get("TimeLimit.truncated", False) and infos[env].get("terminal_observation") is not None
+    ]
+
+
+@th.no_grad()
+def complete_buffer(
+    buffer: RolloutBuffer,
+    policy: ActorCriticPolicy,
+    truncations: list[Truncation],
+    last_observations: Observations,
+    last_dones: np.ndarray,
+    max_batch_size: int | None,
+) -> th.Tensor:
+    """
+    Fill in values, log-probabilities, bootstrapped rewards, advantages and returns.
+
+    A truncated episode's last reward is increased by γV of its last observation, as in SB3.
+
+    :param buffer: the buffer with all steps written
+    :param policy: the policy that acted
+    :param truncations: episodes that a time limit cut off
+    :param last_observations: observations after the last step
+    :param last_dones: whether the last step ended an episode
+    :param max_batch_size: most states to evaluate at once; None for no bound
+    :return: V of the observations after the last step, shape ``(n_envs,)``
+    """
+    buffer.pos, buffer.full = buffer.buffer_size, True
+    shape = buffer.rewards.shape
+    evaluated = [
+        policy.evaluate_actions(chunk.inputs, chunk.actions)[:2]
+        for chunk in read_rollout(buffer, policy.action_space).chunks(max_batch_size)
+    ]
+    buffer.values[:] = th.cat([values.flatten() for values, _ in evaluated]).cpu().numpy().reshape(shape)
+    buffer.log_probs[:] = th.cat([log_probs for _, log_probs in evaluated]).cpu().numpy().reshape(shape)
+
+    for truncation, value in zip(truncations, _final_values(policy, truncations, max_batch_size), strict=True):
+        buffer.rewards[truncation.step, truncation.env] += buffer.gamma * value
+    last_values = policy.predict_values(obs_as_tensor(last_observations, policy.device)).flatten()
+    buffer.advantages = generalized_advantages(
+        buffer.rewards,
+        buffer.values,
+        buffer.episode_starts,
+        last_values.cpu().numpy(),
+        last_dones,
+        buffer.gamma,
+        buffer.gae_lambda,
+    )
+    buffer.returns = buffer.advantages + buffer.values
+    return last_values
+
+
+def _final_values(policy: ActorCriticPolicy, truncations: list[Truncation], max_batch_size: int | None) -> list[float]:
+    """V of the last observation of each truncated episode."""
+    values: list[float] = []
+    size = max_batch_size or max(len(truncations), 1)
+    for start in range(0, len(truncations), size):
+        observations = [truncation.observation for truncation in truncations[start : start + size]]
+        if isinstance(observations[0], dict):
+            batch: Observations = {key: np.stack([single[key] for single in observations]) for key in observations[0]}
+        else:
+            batch = np.stack(observations)
+        values += policy.predict_values(obs_as_tensor(batch, policy.device)).flatten().tolist()
+    return values
