@@ -1,5 +1,6 @@
 """The conjugate gradient method for A x = b, with A symmetric positive definite and known by its products alone."""
 
+import math
 from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
@@ -60,7 +61,7 @@ def conjugate_gradient(
     p = z
     rz = r.dot(z)
     rz_start = float(rz)
-    if not rz_start > 0.0 or rz_start == float("inf"):
+    if not rz_start > 0.0 or rz_start == math.inf:
         status = Status.NONPOSITIVE_CURVATURE if rz_start <= 0.0 else Status.NOT_FINITE
         return Solution(x, status, 0, 1.0, 0.0)
 
@@ -75,12 +76,12 @@ def conjugate_gradient(
         r_new = r - length * Ap
         z = r_new if M is None else M(r_new)
         rz_new = r_new.dot(z)
-        if not bool(th.isfinite(rz_new)):
-            status = Status.NOT_FINITE
+        if not 0.0 <= float(rz_new) < math.inf:
+            status = Status.NONPOSITIVE_CURVATURE if float(rz_new) < 0.0 else Status.NOT_FINITE
             break
         x, r = x + length * p, r_new
         iterations += 1
-        residual = (max(float(rz_new), 0.0) / rz_start) ** 0.5
+        residual = (float(rz_new) / rz_start) ** 0.5
         if residual <= rtol:
             status = Status.CONVERGED
             break

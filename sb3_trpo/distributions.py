@@ -98,18 +98,18 @@ def outputs(parts: Components) -> list[th.Tensor]:
 
 def detach(parts: Components) -> Components:
     """
-    The same distributions as constants.
+    The same distributions as constants, which later changes of the policy's parameters do not reach.
 
     :param parts: components with a closed form
-    :return: components without a graph
+    :return: components without a graph or shared memory
     """
     constants: list[TorchDistribution] = []
     for part in parts:
         if isinstance(part, Normal):
-            constants.append(Normal(part.loc.detach(), part.scale.detach()))
+            constants.append(Normal(part.loc.detach().clone(), part.scale.detach().clone()))
         else:
             family = Categorical if isinstance(part, Categorical) else Bernoulli
-            constants.append(family(logits=part.logits.detach()))  # type: ignore[attr-defined]
+            constants.append(family(logits=part.logits.detach().clone()))  # type: ignore[attr-defined]
     return tuple(constants)
 
 

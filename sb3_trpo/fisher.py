@@ -64,10 +64,11 @@ def chain_product(new: Forward, weights: th.Tensor, actor: Sequence[th.Tensor], 
     rest = [i for i in range(len(actor)) if i not in in_chain]
     is_gaussian = isinstance(new.parts[0], Normal)
     has_log_std = is_gaussian and outputs(new.parts)[1].requires_grad
-    if -1 in in_chain or len(rest) != int(has_log_std) or [call.layer for call in new.calls] != chain.layers:
+    widths = [z.shape[1] for z in outputs(new.parts)][: 1 if is_gaussian else None]
+    rest_fits = [actor[i].shape for i in rest] == ([th.Size(widths)] if has_log_std else [])
+    if -1 in in_chain or not rest_fits or [call.layer for call in new.calls] != chain.layers:
         return None
     jacobian = ChainJacobian(new.calls, chain.activations)
-    widths = [z.shape[1] for z in outputs(new.parts)][: 1 if is_gaussian else None]
     column = weights.unsqueeze(1)
 
     def product(v: th.Tensor) -> th.Tensor:

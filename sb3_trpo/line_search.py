@@ -31,7 +31,7 @@ class Search(NamedTuple):
     What the line search found.
 
     :param outcome: accepted, or rejected
-    :param fraction: αʲ, the share of the full step that was taken (0 if rejected)
+    :param fraction: the share of the full step that was taken (0 if rejected)
     :param backtracks: j, how often the step was shortened
     :param point: objective and KL at the accepted point (those of θ_old if rejected)
     """
@@ -44,26 +44,44 @@ class Search(NamedTuple):
 
 def max_step_length(curvature: float, target_kl: float) -> float:
     """
-    β = √(2δ / sᵀHs): where the quadratic model ½β²sᵀHs of the KL along s reaches δ.
+    β = √(2δ / sᵀFs): where the quadratic model ½β²sᵀFs of the KL along s reaches δ.
 
     Source: Schulman et al. 2015, appendix C.
 
-    :param curvature: sᵀHs, with H the matrix that the direction s was solved with
+    :param curvature: sᵀFs, with F the Fisher matrix
     :param target_kl: δ in nats
     :return: β, or 0 where the model gives no finite positive length
     """
     if not (0.0 < curvature < math.inf):
         return 0.0
-    return math.sqrt(2.0 * target_kl / curvature)
+    square = 2.0 * target_kl / curvature
+    return math.sqrt(square) if square < math.inf else 0.0
+
+
+def undamped_curvature(damped: float, damping: float, square_norm: float) -> float:
+    """
+    sᵀFs = sᵀ(F + λI)s − λsᵀs, kept above a hundredth of the damped curvature.
+
+    The damping belongs to the direction: it says how far to trust F. Measuring the step's length with it as well leaves
+    a good part of the trust region unused. The bound keeps a direction that F hardly knows from an endless step.
+
+    :param damped: sᵀ(F + λI)s
+    :param damping: λ
+    :param square_norm: sᵀs
+    :return: the curvature that the step's length is measured with
+    """
+    return max(damped - damping * square_norm, 0.01 * damped)
 
 
 def backtracking_line_search(
     evaluate: Callable[[float], Point], start: Point, *, target_kl: float, shrink: float, max_iter: int
 ) -> Search:
     """
-    The first of the fractions 1, α, α², … whose point improves the objective inside the trust region.
+    The first of ever smaller fractions whose point improves the objective inside the trust region.
 
-    Source: Schulman et al. 2015, appendix C.
+    A point that does not improve is followed by one α times as far. A point outside the trust region is followed by the
+    one where a quadratic KL through it would meet the bound, less 1 %: backtracking by α, as in Schulman et al. 2015,
+    appendix C, would leave up to a share 1 − α² of the region unused.
 
     :param evaluate: fraction ↦ objective and KL at θ_old + fraction·βs (it leaves the parameters there)
     :param start: the point at θ_old
@@ -78,5 +96,6 @@ def backtracking_line_search(
         # A NaN fails both comparisons, an infinite objective is no improvement that can be trusted.
         if point.kl <= target_kl and start.objective < point.objective < math.inf:
             return Search(Outcome.ACCEPTED, fraction, backtracks, point)
-        fraction *= shrink
+        outside = target_kl < point.kl < math.inf
+        fraction *= 0.99 * math.sqrt(target_kl / point.kl) if outside else shrink
     return Search(Outcome.REJECTED, 0.0, max_iter, start)

@@ -60,6 +60,7 @@ def chain(modules: Sequence[nn.Module]) -> Chain | None:
         len(layers) == len(activations) + 1
         and all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
         and all(type(activation) in ELEMENTWISE for activation in activations)
+        and not any(getattr(activation, "inplace", False) for activation in activations)
     )
     return Chain(layers, activations) if is_chain else None  # type: ignore[arg-type]
 
@@ -83,7 +84,8 @@ def actor_chain(policy: nn.Module) -> Chain | None:
     """
     if not _is_standard(policy, ["get_distribution", "extract_features", "_get_action_dist_from_latent"]):
         return None
-    if not isinstance(policy.action_dist, STATE_INDEPENDENT_NOISE):
+    family: type = type(policy.action_dist)  # a subclass may have other parameters
+    if family not in STATE_INDEPENDENT_NOISE:
         return None
     return chain([*policy.mlp_extractor.policy_net, policy.action_net])  # type: ignore[union-attr,misc,list-item]
 

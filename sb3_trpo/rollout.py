@@ -138,4 +138,4 @@ def normalize_advantages(rollout: Rollout) -> Rollout:
     centred = advantages - advantages.mean()
     spread = centred.square().mean().sqrt() if len(advantages) < 2 else centred.std()
     rounding = th.finfo(advantages.dtype).eps * rollout.returns.abs().max()
-    return replace(rollout, advantages=th.where(spread > rounding, centred / (spread + 1e-8), th.zeros_like(centred)))
+    return replace(rollout, advantages=th.where(spread <= rounding, th.zeros_like(centred), centred / (spread + 1e-8)))

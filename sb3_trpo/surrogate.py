@@ -1,5 +1,6 @@
 """Forward passes over a rollout, and the two functions of TRPO's problem on them: surrogate objective and KL."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -88,8 +89,9 @@ class Forwards:
         if self._only_graph is not None and has_closed_form(self._only_graph.parts):
             self._old = [self._only_graph.detached()]
         else:
+            # A family of the user's own may hold the parameters themselves, which are about to change.
             with th.no_grad():
-                self._old = [forward(chunk, ()) for chunk in chunks]
+                self._old = [copy.deepcopy(forward(chunk, ())) for chunk in chunks]
 
     @property
     def n_states(self) -> int:

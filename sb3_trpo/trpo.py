@@ -26,7 +26,7 @@ from sb3_trpo.conjugate_gradient import Solution, conjugate_gradient
 from sb3_trpo.critic import CriticFit, fit_gauss_newton, fit_minibatches
 from sb3_trpo.distributions import without_validation
 from sb3_trpo.fisher import FisherOperator
-from sb3_trpo.line_search import Outcome, Point, Search, backtracking_line_search, max_step_length
+from sb3_trpo.line_search import Outcome, Point, Search, backtracking_line_search, max_step_length, undamped_curvature
 from sb3_trpo.mlp import actor_chain, critic_chain
 from sb3_trpo.parameters import Snapshot, assign, flatten
 from sb3_trpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, actor_parameters, critic_parameters, value_function
@@ -67,7 +67,8 @@ class TRPO(OnPolicyAlgorithm):
     :param gamma: discount factor, in [0, 1]
     :param cg_max_steps: bound on conjugate gradient iterations
     :param cg_damping: λ, added to the diagonal of the Fisher matrix; 0 for none
-    :param line_search_shrinking_factor: α in (0, 1), shortens the step at each backtrack
+    :param line_search_shrinking_factor: α in (0, 1), shortens a step that does not improve the objective (one that leaves
+        the trust region is shortened to its boundary)
     :param line_search_max_iter: bound on the points that the line search tries
     :param n_critic_updates: passes of the critic over the rollout, per update
     :param gae_lambda: λ of generalised advantage estimation, in [0, 1]
@@ -306,7 +307,8 @@ class TRPO(OnPolicyAlgorithm):
         solution = conjugate_gradient(
             fisher, gradient, max_iter=self.cg_max_steps, rtol=self.cg_residual_tol, M=inverse
         )  # s ≈ (F + λI)⁻¹ g
-        step_length = max_step_length(solution.curvature, target_kl)  # β
+        curvature = undamped_curvature(solution.curvature, self.cg_damping, float(solution.x.dot(solution.x)))  # sᵀFs
+        step_length = max_step_length(curvature, target_kl)  # β
         step = step_length * solution.x
         search = self._search(surrogate, actor, step, target_kl)  # θ_old + αʲβs, or θ_old
         critic = self._fit_critic(rollout, actor)

@@ -1,7 +1,7 @@
 """What the constructor accepts, argument by argument, said in words."""
 
-import math
 import numbers
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +23,10 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    number: Any = value
+    return bool(abs(number) <= sys.float_info.max)
 
 
 POSITIVE_INTEGER = Rule(lambda value: _is_integer(value) and value >= 1, "a positive integer")
