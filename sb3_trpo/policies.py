@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
+from stable_baselines3.common.preprocessing import is_image_space
 from torch import nn
 
 from sb3_trpo.distributions import components, joint_kl
@@ -47,6 +49,16 @@ class MultiInputPolicy(MultiInputActorCriticPolicy):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("share_features_extractor", False)
         super().__init__(*args, **kwargs)
+
+
+def has_images(space: spaces.Space[Any]) -> bool:
+    """
+    Whether observations are images, or dictionaries with images.
+
+    :param space: observation space
+    :return: True if SB3 treats any of it as an image
+    """
+    return any(map(is_image_space, space.spaces.values() if isinstance(space, spaces.Dict) else [space]))
 
 
 def actor_parameters(policy: nn.Module, distribution: PolicyFunction, inputs: Inputs) -> list[nn.Parameter]:

@@ -29,7 +29,15 @@ from sb3_trpo.fisher import FisherOperator
 from sb3_trpo.line_search import Outcome, Point, Search, backtracking_line_search, max_step_length, undamped_curvature
 from sb3_trpo.mlp import actor_chain, critic_chain
 from sb3_trpo.parameters import Snapshot, assign, flatten
-from sb3_trpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, actor_parameters, critic_parameters, value_function
+from sb3_trpo.policies import (
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+    actor_parameters,
+    critic_parameters,
+    has_images,
+    value_function,
+)
 from sb3_trpo.preconditioner import KroneckerPreconditioner, factored_layers
 from sb3_trpo.rollout import Inputs, Rollout, normalize_advantages, read_rollout
 from sb3_trpo.stepping import lean_stepping
@@ -47,6 +55,8 @@ from sb3_trpo.validation import (
     check_arguments,
     one_of,
 )
+
+IMAGE_CHUNK = 256  # states in one forward pass where max_batch_size leaves it open: some 100 MB with NatureCNN
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
 
@@ -78,7 +88,7 @@ class TRPO(OnPolicyAlgorithm):
     :param rollout_buffer_kwargs: further arguments of the rollout buffer
     :param normalize_advantage: scale advantages to mean 0 and standard deviation 1
     :param target_kl: δ, bound on the mean joint KL(π_old ‖ π_new) of an update, in nats; number or schedule
-    :param sub_sampling_factor: compute the Fisher matrix from every so many-th state (Schulman's thesis, p. 40); gradient
+    :param sub_sampling_factor: compute the Fisher matrix from one in so many states (Schulman's thesis, p. 40); gradient
         and line search always use all
     :param stats_window_size: episodes over which the logged episode statistics average
     :param tensorboard_log: folder for TensorBoard logs; None for none
@@ -281,7 +291,7 @@ class TRPO(OnPolicyAlgorithm):
                 self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
 
         last_obs: Observations = new_obs  # type: ignore[assignment]
-        values = complete_buffer(rollout_buffer, self.policy, truncations, last_obs, dones, self.max_batch_size)
+        values = complete_buffer(rollout_buffer, self.policy, truncations, last_obs, dones, self._chunk_size)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -299,7 +309,7 @@ class TRPO(OnPolicyAlgorithm):
         actor = actor_parameters(self.policy, self._distribution, rollout.select(slice(1)).inputs)  # θ
         layers = factored_layers(self.policy, actor)
 
-        surrogate = Surrogate(self._distribution, rollout.chunks(self.max_batch_size), layers)  # L(θ), D̄_KL(θ_old, θ)
+        surrogate = Surrogate(self._distribution, rollout.chunks(self._chunk_size), layers)  # L(θ), D̄_KL(θ_old, θ)
         gradient = surrogate.gradient(actor)  # g
         curved = self._thinned(surrogate, rollout, layers)
         fisher = FisherOperator(curved, actor, self.cg_damping, actor_chain(self.policy))  # v ↦ (F + λI) v
@@ -316,6 +326,13 @@ class TRPO(OnPolicyAlgorithm):
         self._n_updates += 1
         self._record(surrogate, gradient, solution, step_length, search, critic)
 
+    @property
+    def _chunk_size(self) -> int | None:
+        """Most states in one forward pass."""
+        if self.max_batch_size is not None or not has_images(self.observation_space):
+            return self.max_batch_size
+        return IMAGE_CHUNK
+
     def _distribution(self, inputs: Inputs) -> Distribution:
         return self.policy.get_distribution(inputs)
 
@@ -325,7 +342,7 @@ class TRPO(OnPolicyAlgorithm):
     def _thinned(self, surrogate: Surrogate, rollout: Rollout, layers: list[nn.Module]) -> Surrogate:
         if self.sub_sampling_factor == 1:
             return surrogate
-        return Surrogate(self._distribution, rollout.thin(self.sub_sampling_factor).chunks(self.max_batch_size), layers)
+        return Surrogate(self._distribution, rollout.thin(self.sub_sampling_factor).chunks(self._chunk_size), layers)
 
     def _preconditioner(
         self, surrogate: Surrogate, layers: list[nn.Module], actor: list[nn.Parameter]
@@ -376,11 +393,11 @@ class TRPO(OnPolicyAlgorithm):
         critic = critic_parameters(self.policy, self._values, rollout.select(slice(1)).inputs, actor)
         encode, head = value_function(self.policy, critic)
         if encode is not None:
-            rollout = rollout.encoded(encode, self.max_batch_size)
+            rollout = rollout.encoded(encode, self._chunk_size)
         if self.critic_method == "gauss_newton":
             return fit_gauss_newton(
                 head,
-                rollout.chunks(self.max_batch_size),
+                rollout.chunks(self._chunk_size),
                 critic=critic,
                 layers=factored_layers(self.policy, critic),
                 chain=critic_chain(self.policy),

@@ -1,7 +1,7 @@
 """What the constructor accepts, argument by argument, said in words."""
 
+import math
 import numbers
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,8 +25,10 @@ def _is_integer(value: Any) -> bool:
 def _is_real(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
-    number: Any = value
-    return bool(abs(number) <= sys.float_info.max)
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
 
 
 POSITIVE_INTEGER = Rule(lambda value: _is_integer(value) and value >= 1, "a positive integer")

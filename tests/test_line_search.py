@@ -1,0 +1,126 @@
+import math
+
+import pytest
+
+from sb3_trpo.line_search import (
+    Outcome,
+    Point,
+    Search,
+    backtracking_line_search,
+    max_step_length,
+    undamped_curvature,
+)
+
+NAN, INF = float("nan"), float("inf")
+START = Point(objective=1.0, kl=0.0)
+GOOD = Point(objective=2.0, kl=0.05)
+TARGET_KL = 0.1
+
+
+def search(points, max_iter=10):
+    """Search over given points; also the fractions tried."""
+    fractions = []
+
+    def evaluate(fraction):
+        fractions.append(fraction)
+        return points[len(fractions) - 1]
+
+    return backtracking_line_search(evaluate, START, target_kl=TARGET_KL, shrink=0.5, max_iter=max_iter), fractions
+
+
+@pytest.mark.parametrize(("curvature", "target_kl", "length"), [(2.0, 0.25, 0.5), (0.5, 0.01, 0.2), (1e-8, 0.02, 2000.0)])
+def test_step_length_by_hand(curvature, target_kl, length):
+    assert max_step_length(curvature, target_kl) == pytest.approx(length)
+    assert 0.5 * length**2 * curvature == pytest.approx(target_kl)
+
+
+def test_smallest_curvatures_give_no_endless_step():
+    assert max_step_length(5e-324, 0.05) == 0.0
+
+
+def test_damping_is_no_part_of_the_steps_curvature():
+    F, s, damping = 3.0, 2.0, 0.5
+    assert undamped_curvature(s * (F + damping) * s, damping, s * s) == pytest.approx(s * F * s)
+
+
+@pytest.mark.parametrize("F", [0.0, -1e-6, 1e-4], ids=["none", "rounding", "little"])
+def test_direction_that_the_fisher_matrix_hardly_knows_has_a_hundredth_of_the_damped_curvature(F):
+    assert undamped_curvature(F + 0.5, 0.5, 1.0) == pytest.approx(0.01 * (F + 0.5))
+
+
+@pytest.mark.parametrize("curvature", [0.0, -0.0, -1.0, NAN, INF, -INF])
+def test_no_step_without_a_finite_positive_curvature(curvature):
+    assert max_step_length(curvature, 0.1) == 0.0
+
+
+def test_full_step_is_taken_where_it_is_good():
+    result, fractions = search([GOOD])
+    assert result == Search(Outcome.ACCEPTED, 1.0, 0, GOOD)
+    assert fractions == [1.0]
+
+
+OUTSIDE = Point(2.0, 4 * TARGET_KL)
+REFUSED = {
+    "kl_nan": Point(2.0, NAN),
+    "kl_inf": Point(2.0, INF),
+    "objective_worse": Point(0.5, 0.05),
+    "objective_equal": Point(1.0, 0.05),
+    "objective_nan": Point(NAN, 0.05),
+    "objective_inf": Point(INF, 0.05),
+    "objective_minus_inf": Point(-INF, 0.05),
+    "all_nan": Point(NAN, NAN),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED.values(), ids=REFUSED)
+def test_backtracks_past_a_point_that_will_not_do(refused):
+    result, fractions = search([refused, refused, GOOD])
+    assert result == Search(Outcome.ACCEPTED, 0.25, 2, GOOD)
+    assert fractions == [1.0, 0.5, 0.25]
+
+
+def test_point_outside_is_followed_by_the_boundary_of_a_quadratic_kl():
+    result, fractions = search([OUTSIDE, OUTSIDE, GOOD])
+    assert fractions == pytest.approx([1.0, 0.99 / 2, (0.99 / 2) ** 2])
+    assert result == Search(Outcome.ACCEPTED, fractions[-1], 2, GOOD)
+
+
+def test_boundary_is_reached_to_two_percent_where_the_kl_is_quadratic():
+    kls = []
+
+    def evaluate(fraction):
+        kls.append(1.7 * TARGET_KL * fraction**2)
+        return Point(2.0, kls[-1])
+
+    backtracking_line_search(evaluate, START, target_kl=TARGET_KL, shrink=0.5, max_iter=5)
+    assert len(kls) == 2
+    assert 0.98 * TARGET_KL <= kls[-1] <= TARGET_KL
+
+
+def test_first_point_that_will_do_is_taken_not_the_best():
+    better = Point(5.0, 0.05)
+    assert search([GOOD, better])[0].point == GOOD
+
+
+def test_kl_may_equal_its_bound():
+    at_bound, above = Point(2.0, TARGET_KL), Point(2.0, math.nextafter(TARGET_KL, 1.0))
+    assert search([at_bound])[0].outcome is Outcome.ACCEPTED
+    assert search([above, GOOD])[0].backtracks == 1
+
+
+@pytest.mark.parametrize("refused", REFUSED.values(), ids=REFUSED)
+def test_rejects_after_the_last_try_with_the_start_point(refused):
+    result, fractions = search([refused] * 3, max_iter=3)
+    assert result == Search(Outcome.REJECTED, 0.0, 3, START)
+    assert fractions == [1.0, 0.5, 0.25]
+
+
+def test_good_point_at_the_last_try_counts():
+    result, _ = search([REFUSED["kl_inf"]] * 2 + [GOOD], max_iter=3)
+    assert result == Search(Outcome.ACCEPTED, 0.25, 2, GOOD)
+
+
+@pytest.mark.parametrize("start", [Point(NAN, 0.0), Point(INF, 0.0)], ids=["nan", "inf"])
+def test_nothing_improves_on_a_start_that_is_not_finite(start):
+    result = backtracking_line_search(lambda _: GOOD, start, target_kl=TARGET_KL, shrink=0.5, max_iter=2)
+    assert result.outcome is Outcome.REJECTED
