@@ -69,19 +69,21 @@ def conjugate_gradient(
     while iterations < max_iter:
         Ap = A(p)
         curvature = p.dot(Ap)
-        if not float(curvature) > 0.0:
-            status = Status.NONPOSITIVE_CURVATURE if float(curvature) <= 0.0 else Status.NOT_FINITE
-            break
         length = rz / curvature
         r_new = r - length * Ap
         z = r_new if M is None else M(r_new)
         rz_new = r_new.dot(z)
-        if not 0.0 <= float(rz_new) < math.inf:
-            status = Status.NONPOSITIVE_CURVATURE if float(rz_new) < 0.0 else Status.NOT_FINITE
+        # The stopping rule needs two numbers, read together: on a GPU this is the iteration's only wait for the device.
+        curvature_read, rz_read = th.stack([curvature, rz_new]).tolist()
+        if curvature_read <= 0.0 or rz_read < 0.0:
+            status = Status.NONPOSITIVE_CURVATURE
+            break
+        if not (math.isfinite(curvature_read) and math.isfinite(rz_read)):
+            status = Status.NOT_FINITE
             break
         x, r = x + length * p, r_new
         iterations += 1
-        residual = (float(rz_new) / rz_start) ** 0.5
+        residual = (rz_read / rz_start) ** 0.5
         if residual <= rtol:
             status = Status.CONVERGED
             break

@@ -6,50 +6,46 @@ themselves. While a rollout is collected, both are stepped by the functions here
 left alone.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
 
-@contextmanager
-def lean_stepping(env: VecEnv) -> Iterator[None]:
+def make_stepper(env: VecEnv) -> Callable[[np.ndarray], VecEnvStepReturn]:
     """
-    Step the ``DummyVecEnv`` and ``VecNormalize`` layers of an environment leanly while the context lasts.
+    The leanest way to step an environment.
 
     Info dictionaries are then copied one level deep, which is enough for an environment that makes a new one each step.
 
     :param env: any vectorised environment
-    :return: context manager
+    :return: actions ↦ what ``env.step`` returns for them
     """
-    replaced: list[VecEnv] = []
-    layer: VecEnv | None = env
-    while layer is not None:
-        lean = _lean_step(layer)
-        if lean is not None:
-            layer.step_wait = lean  # type: ignore[method-assign]
-            replaced.append(layer)
-        layer = layer.venv if isinstance(layer, VecEnvWrapper) else None
-    try:
-        yield
-    finally:
-        for layer in replaced:
-            del layer.step_wait
+    wait = _lean_wait(env)
+    if wait is None:
+        return env.step
+
+    def step(actions: np.ndarray) -> VecEnvStepReturn:
+        env.step_async(actions)
+        return wait()
+
+    return step
 
 
-def _lean_step(layer: VecEnv) -> Callable[[], VecEnvStepReturn] | None:
-    if "step_wait" in vars(layer):  # the user has put something of their own there
+def _lean_wait(layer: VecEnv) -> Callable[[], VecEnvStepReturn] | None:
+    """Find the lean counterpart of a layer's ``step_wait``, if it is of a class, and as its class made it, that has one."""
+    if not {"step", "step_async", "step_wait"}.isdisjoint(vars(layer)):
         return None
     if type(layer) is DummyVecEnv:
         return partial(step_dummy, layer)
-    if type(layer) is VecNormalize and isinstance(layer.obs_rms if layer.norm_obs else None, RunningMeanStd | None):
-        return partial(step_normalize, layer)
+    if type(layer) is VecNormalize and not isinstance(layer.observation_space, spaces.Dict):
+        return partial(step_normalize, layer, _lean_wait(layer.venv) or layer.venv.step_wait)
     return None
 
 
@@ -76,14 +72,15 @@ def step_dummy(env: DummyVecEnv) -> VecEnvStepReturn:
     return observations, env.buf_rews.copy(), env.buf_dones.copy(), infos
 
 
-def step_normalize(env: VecNormalize) -> VecEnvStepReturn:
+def step_normalize(env: VecNormalize, step_inside: Callable[[], VecEnvStepReturn]) -> VecEnvStepReturn:
     """
     Step the environment inside and normalise what it returns.
 
     :param env: the normalising wrapper, of one-array observations
+    :param step_inside: ``step_wait`` of the environment inside, or its lean counterpart
     :return: observations, rewards, dones and infos
     """
-    returned, rewards, dones, infos = env.venv.step_wait()
+    returned, rewards, dones, infos = step_inside()
     obs: np.ndarray = returned  # type: ignore[assignment]
     env.old_obs, env.old_reward = obs, rewards
     if env.norm_obs:

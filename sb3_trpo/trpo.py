@@ -40,9 +40,10 @@ from sb3_trpo.policies import (
 )
 from sb3_trpo.preconditioner import KroneckerPreconditioner, factored_layers
 from sb3_trpo.rollout import Inputs, Rollout, normalize_advantages, read_rollout
-from sb3_trpo.stepping import lean_stepping
+from sb3_trpo.stepping import make_stepper
 from sb3_trpo.surrogate import Surrogate
 from sb3_trpo.validation import (
+    BOOLEAN,
     NON_NEGATIVE,
     NON_NEGATIVE_OR_SCHEDULE,
     OPEN_UNIT_INTERVAL,
@@ -50,6 +51,7 @@ from sb3_trpo.validation import (
     POSITIVE_INTEGER,
     POSITIVE_INTEGER_OR_NONE,
     POSITIVE_OR_SCHEDULE,
+    SAMPLE_FREQUENCY,
     UNIT_INTERVAL,
     Rule,
     check_arguments,
@@ -71,16 +73,16 @@ class TRPO(OnPolicyAlgorithm):
 
     :param policy: policy class, or its name: ``MlpPolicy``, ``CnnPolicy``, ``MultiInputPolicy``
     :param env: environment, or its registered name
-    :param learning_rate: learning rate of the critic's optimizer; number or schedule of the remaining progress
+    :param learning_rate: of the minibatch critic's optimizer; number or schedule of the remaining progress
     :param n_steps: steps of each environment per update; ``n_steps * n_envs`` states make a rollout
-    :param batch_size: states in a minibatch of the critic
+    :param batch_size: states in a minibatch of the minibatch critic
     :param gamma: discount factor, in [0, 1]
     :param cg_max_steps: bound on conjugate gradient iterations
     :param cg_damping: λ, added to the diagonal of the Fisher matrix; 0 for none
     :param line_search_shrinking_factor: α in (0, 1), shortens a step that does not improve the objective (one that leaves
         the trust region is shortened to its boundary)
     :param line_search_max_iter: bound on the points that the line search tries
-    :param n_critic_updates: passes of the critic over the rollout, per update
+    :param n_critic_updates: passes of the minibatch critic over the rollout, per update
     :param gae_lambda: λ of generalised advantage estimation, in [0, 1]
     :param use_sde: explore with generalised state-dependent noise (gSDE)
     :param sde_sample_freq: sample a new gSDE noise matrix every so many steps; -1 for once a rollout
@@ -101,7 +103,8 @@ class TRPO(OnPolicyAlgorithm):
         all ``cg_max_steps``
     :param cg_preconditioner: ``"kfac"`` for Kronecker factors, None for plain conjugate gradients
     :param critic_method: how the critic is fitted: ``"gauss_newton"`` (damped Gauss-Newton steps on the whole rollout), or
-        ``"minibatch"`` (``n_critic_updates`` passes of the policy's optimizer, as sb3-contrib)
+        ``"minibatch"`` (the policy's optimizer, as in sb3-contrib, with ``learning_rate``, ``batch_size`` and
+        ``n_critic_updates``, which the first does not use)
     :param critic_damping: damping of the Gauss-Newton steps; larger is smoother
     :param n_critic_steps: Gauss-Newton steps per update
     :param critic_cg_max_steps: bound on conjugate gradient iterations in each Gauss-Newton step
@@ -126,6 +129,9 @@ class TRPO(OnPolicyAlgorithm):
         "line_search_max_iter": POSITIVE_INTEGER,
         "n_critic_updates": POSITIVE_INTEGER,
         "gae_lambda": UNIT_INTERVAL,
+        "use_sde": BOOLEAN,
+        "sde_sample_freq": SAMPLE_FREQUENCY,
+        "normalize_advantage": BOOLEAN,
         "target_kl": POSITIVE_OR_SCHEDULE,
         "sub_sampling_factor": POSITIVE_INTEGER,
         "cg_residual_tol": NON_NEGATIVE,
@@ -230,7 +236,15 @@ class TRPO(OnPolicyAlgorithm):
                     f"with the methods get_distribution and predict_values, and it has no {method}"
                 )
         super()._setup_model()
-        self._target_kl_schedule = FloatSchedule(self.target_kl)
+        self._set_target_kl_schedule()
+
+    def _set_target_kl_schedule(self) -> None:
+        self._target_kl_schedule = FloatSchedule(self.target_kl if callable(self.target_kl) else float(self.target_kl))
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout may go beyond the total, and a schedule that ends at 0 must not go below it.
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _check_rollout_size(self) -> None:
         n_states = self.n_steps * self.n_envs
@@ -269,26 +283,26 @@ class TRPO(OnPolicyAlgorithm):
         rollout_buffer.reset()
         act = make_actor(self.policy, n_rollout_steps, env.num_envs, self.sde_sample_freq)
         to_env = action_transform(self.policy)
+        step = make_stepper(env)
         truncations: list[Truncation] = []
         callback.on_rollout_start()
 
-        with lean_stepping(env):
-            for n_steps in range(n_rollout_steps):
-                obs: Observations = self._last_obs  # type: ignore[assignment]
-                starts: np.ndarray = self._last_episode_starts  # type: ignore[assignment]
-                actions = act(obs, n_steps)
-                clipped_actions = to_env(actions)
-                new_obs, rewards, dones, infos = env.step(clipped_actions)
-                self.num_timesteps += env.num_envs
-                callback.update_locals(locals())
-                if not callback.on_step():
-                    return False
+        for n_steps in range(n_rollout_steps):
+            obs: Observations = self._last_obs  # type: ignore[assignment]
+            starts: np.ndarray = self._last_episode_starts  # type: ignore[assignment]
+            actions = act(obs, n_steps)
+            clipped_actions = to_env(actions)
+            new_obs, rewards, dones, infos = step(clipped_actions)
+            self.num_timesteps += env.num_envs
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
 
-                self._update_info_buffer(infos, dones)
-                if dones.any():
-                    truncations += find_truncations(n_steps, dones, infos)
-                write_step(rollout_buffer, n_steps, obs, actions, rewards, starts)
-                self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
+            self._update_info_buffer(infos, dones)
+            if dones.any():
+                truncations += find_truncations(n_steps, dones, infos)
+            write_step(rollout_buffer, n_steps, obs, actions, rewards, starts)
+            self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
 
         last_obs: Observations = new_obs  # type: ignore[assignment]
         values = complete_buffer(rollout_buffer, self.policy, truncations, last_obs, dones, self._chunk_size)
@@ -302,7 +316,8 @@ class TRPO(OnPolicyAlgorithm):
         # One mode from start to end (dropout off, batch-norm statistics fixed): the one the rollout was collected in.
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
-        target_kl = self._target_kl_schedule(self._current_progress_remaining)
+        buffers = Snapshot(self.policy.buffers())
+        target_kl = self._target_kl_schedule(self._current_progress_remaining)  # δ
         rollout = read_rollout(self.rollout_buffer, self.action_space)
         if self.normalize_advantage:
             rollout = normalize_advantages(rollout)
@@ -321,6 +336,8 @@ class TRPO(OnPolicyAlgorithm):
         step_length = max_step_length(curvature, target_kl)  # β
         step = step_length * solution.x
         search = self._search(surrogate, actor, step, target_kl)  # θ_old + αʲβs, or θ_old
+        if search.outcome is not Outcome.ACCEPTED:
+            buffers.restore()
         critic = self._fit_critic(rollout, actor)
 
         self._n_updates += 1
@@ -364,7 +381,7 @@ class TRPO(OnPolicyAlgorithm):
         start = surrogate.start()
         if not (bool(th.isfinite(step).all()) and bool(step.any())):
             return Search(Outcome.SKIPPED, 0.0, 0, start)
-        before = Snapshot([*actor, *self.policy.buffers()])
+        before = Snapshot(actor)
         theta_old = flatten(actor).detach()
 
         def evaluate(fraction: float) -> Point:
@@ -500,7 +517,7 @@ class TRPO(OnPolicyAlgorithm):
         joint = "kl_is_joint" in saved_attributes(path)
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         if not joint:
-            model._convert_kl(keep=set(kwargs))
+            model._convert_kl(keep={*kwargs, *(custom_objects or ())})
         return model
 
     def _convert_kl(self, keep: set[str]) -> None:
@@ -511,7 +528,7 @@ class TRPO(OnPolicyAlgorithm):
         changes = [f"{name}={getattr(self, name)} -> {getattr(self, name) * dimensions}" for name in names]
         for name in names:
             setattr(self, name, getattr(self, name) * dimensions)
-        self._target_kl_schedule = FloatSchedule(self.target_kl)
+        self._set_target_kl_schedule()
         warnings.warn(
             "the file is from sb3-contrib, whose KL is averaged over action dimensions; "
             f"converted to the joint KL of {dimensions} dimension(s): {', '.join(changes) or 'nothing to change'}",

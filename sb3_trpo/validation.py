@@ -36,6 +36,8 @@ POSITIVE_INTEGER_OR_NONE = Rule(
     lambda value: value is None or POSITIVE_INTEGER.holds(value), f"{POSITIVE_INTEGER.allowed}, or None"
 )
 NATURAL_NUMBER = Rule(lambda value: _is_integer(value) and value >= 0, "an integer of at least 0")
+BOOLEAN = Rule(lambda value: isinstance(value, bool), "True or False")
+SAMPLE_FREQUENCY = Rule(lambda value: _is_integer(value) and (value == -1 or value >= 1), "a positive integer, or -1")
 UNIT_INTERVAL = Rule(lambda value: _is_real(value) and 0 <= value <= 1, "a number in [0, 1]")
 OPEN_UNIT_INTERVAL = Rule(lambda value: _is_real(value) and 0 < value < 1, "a number in (0, 1)")
 NON_NEGATIVE = Rule(lambda value: _is_real(value) and value >= 0, "a finite number of at least 0")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch as th
@@ -22,7 +23,7 @@ N_STATES, N_INPUTS = 40, 4
 def network(*hidden, activation=nn.Tanh, dtype=th.float64):
     th.manual_seed(0)
     sizes = [N_INPUTS, *hidden, 1]
-    modules = [module for a, b in zip(sizes, sizes[1:], strict=False) for module in (nn.Linear(a, b), activation())]
+    modules = [module for a, b in pairwise(sizes) for module in (nn.Linear(a, b), activation())]
     return nn.Sequential(*modules[:-1]).to(dtype)
 
 

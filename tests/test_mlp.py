@@ -1,6 +1,7 @@
 """The layer-wise products against `torch.func`, dense matrices, and the general path; and who may take the fast path."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ HIDDEN = {"linear": [], "one_hidden": [5], "two_hidden": [5, 4], "three_hidden":
 def network(hidden, n_outputs, activation=nn.Tanh):
     th.manual_seed(0)
     sizes = [N_INPUTS, *hidden, n_outputs]
-    modules = [module for a, b in zip(sizes, sizes[1:], strict=False) for module in (nn.Linear(a, b), activation())]
+    modules = [module for a, b in pairwise(sizes) for module in (nn.Linear(a, b), activation())]
     return nn.Sequential(*modules[:-1]).double()
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import partial
+from itertools import pairwise
 from itertools import product as all_pairs
 
 import pytest
@@ -84,7 +85,7 @@ class WithLogStd(nn.Module):
 
 def mlp(*sizes, activation=nn.Tanh):
     th.manual_seed(0)
-    modules = [module for a, b in zip(sizes, sizes[1:], strict=False) for module in (nn.Linear(a, b), activation())]
+    modules = [module for a, b in pairwise(sizes) for module in (nn.Linear(a, b), activation())]
     return nn.Sequential(*modules[:-1]).double()
 
 

@@ -1,5 +1,4 @@
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
-from sb3_trpo.stepping import lean_stepping, update_moments
+from sb3_trpo.stepping import make_stepper, update_moments
 
 N_ENVS = 3
 FLOAT32 = spaces.Box(-np.inf, np.inf, (3,))
@@ -68,17 +67,22 @@ def without_time(infos: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return infos
 
 
-def history(env: VecEnv, n_steps: int) -> list[Any]:
+def history(env: VecEnv, n_steps: int, make_step: Callable[[VecEnv], Any] = make_stepper) -> list[Any]:
     """Everything that a user sees of each step."""
+    step = make_step(env)
     env.seed(7)
     generator = np.random.default_rng(0)
     steps: list[Any] = [env.reset()]
     for _ in range(n_steps):
-        observations, rewards, dones, infos = env.step(generator.uniform(-1.0, 1.0, (N_ENVS, 2)))
+        observations, rewards, dones, infos = step(generator.uniform(-1.0, 1.0, (N_ENVS, 2)))
         steps.append((observations, rewards, dones, without_time(infos), copy.deepcopy(env.reset_infos)))
         if isinstance(env, VecNormalize):
             steps.append((env.get_original_obs(), env.get_original_reward(), env.returns.copy(), statistics(env)))
     return steps
+
+
+def usual(env: VecEnv) -> Any:
+    return env.step
 
 
 def statistics(env: VecNormalize) -> list[Any]:
@@ -105,11 +109,7 @@ def assert_identical(actual: Any, expected: Any) -> None:
 
 
 def assert_lean_is_identical(make: Callable[[], VecEnv], n_steps: int = 100) -> None:
-    expected = history(make(), n_steps)
-    env = make()
-    with lean_stepping(env):
-        actual = history(env, n_steps)
-    assert_identical(actual, expected)
+    assert_identical(history(make(), n_steps), history(make(), n_steps, usual))
 
 
 class TestStepDummy:
@@ -122,8 +122,7 @@ class TestStepDummy:
         env = make_dummy()
         env.reset()
         monkeypatch.setattr(DummyVecEnv, "step_wait", None)
-        with lean_stepping(env):
-            env.step(np.zeros((N_ENVS, 2)))
+        make_stepper(env)(np.zeros((N_ENVS, 2)))
 
     def test_both_ends_of_episodes_occur(self):
         steps = history(make_dummy(), 100)[1:]
@@ -134,28 +133,46 @@ class TestStepDummy:
     def test_nothing_returned_changes_later(self, name):
         env = make_dummy(OBSERVATIONS[name])
         env.reset()
+        step = make_stepper(env)
         returned, copies = [], []
-        with lean_stepping(env):
-            for _ in range(40):
-                returned.append(env.step(np.zeros((N_ENVS, 2))))
-                copies.append(copy.deepcopy(returned[-1]))
+        for _ in range(40):
+            returned.append(step(np.zeros((N_ENVS, 2))))
+            copies.append(copy.deepcopy(returned[-1]))
         assert_identical(returned, copies)
 
+    def test_an_environment_may_use_one_info_again(self):
+        class OneInfo(Wander):
+            info: dict[str, Any]
+
+            def reset(self, **kwargs):
+                self.info = {}
+                return super().reset(**kwargs)
+
+            def step(self, action):
+                *results, info = super().step(action)
+                self.info.update(info)
+                return *results, self.info
+
+        env = DummyVecEnv([OneInfo])
+        env.reset()
+        step = make_stepper(env)
+        draws = [step(np.zeros((1, 2)))[3][0] for _ in range(20)]
+        assert len({info["draw"] for info in draws}) == 20
+
     def test_changing_what_was_returned_changes_nothing(self):
-        env, untouched = make_dummy(), make_dummy()
-        expected = history(untouched, 30)
+        expected = history(make_dummy(), 30, usual)
+        env = make_dummy()
+        step = make_stepper(env)
         env.seed(7)
         env.reset()
         generator = np.random.default_rng(0)
-        with lean_stepping(env):
-            for step in range(1, 31):
-                results = env.step(generator.uniform(-1.0, 1.0, (N_ENVS, 2)))
-                observations, rewards, dones, infos = results
-                assert_identical((observations, rewards, dones, without_time(infos)), expected[step][:4])
-                observations += 1.0
-                rewards += 1.0
-                dones[:] = True
-                infos[0].clear()
+        for i in range(1, 31):
+            observations, rewards, dones, infos = step(generator.uniform(-1.0, 1.0, (N_ENVS, 2)))
+            assert_identical((observations, rewards, dones, without_time(infos)), expected[i][:4])
+            observations += 1.0
+            rewards += 1.0
+            dones[:] = True
+            infos[0].clear()
 
 
 NORMALIZE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -183,22 +200,21 @@ class TestStepNormalize:
         env = VecNormalize(make_dummy())
         env.reset()
         monkeypatch.setattr(VecNormalize, "step_wait", None)
-        with lean_stepping(env):
-            env.step(np.zeros((N_ENVS, 2)))
+        monkeypatch.setattr(DummyVecEnv, "step_wait", None)
+        make_stepper(env)(np.zeros((N_ENVS, 2)))
 
     def test_training_may_be_switched_while_stepping(self):
-        def run(env):
+        def run(make_step):
+            env = VecNormalize(make_dummy())
+            step = make_step(env)
             env.seed(0)
             results = [env.reset()]
-            for step in range(90):
-                env.training, env.norm_obs, env.norm_reward = step % 2 == 0, step % 3 > 0, step % 5 > 0
-                results.append((*env.step(np.full((N_ENVS, 2), 0.1))[:3], statistics(env)))
+            for i in range(90):
+                env.training, env.norm_obs, env.norm_reward = i % 2 == 0, i % 3 > 0, i % 5 > 0
+                results.append((*step(np.full((N_ENVS, 2), 0.1))[:3], statistics(env)))
             return results
 
-        lean = VecNormalize(make_dummy())
-        with lean_stepping(lean):
-            actual = run(lean)
-        assert_identical(actual, run(VecNormalize(make_dummy())))
+        assert_identical(run(make_stepper), run(usual))
 
     @pytest.mark.parametrize(
         "make",
@@ -215,28 +231,14 @@ class TestStepNormalize:
 
     def test_saved_statistics_are_sb3s(self, tmp_path):
         saved = []
-        for name in ("lean", "usual"):
+        for make_step in (make_stepper, usual):
             env = VecNormalize(make_dummy())
-            if name == "lean":
-                with lean_stepping(env):
-                    history(env, 60)
-            else:
-                history(env, 60)
-            env.save(str(tmp_path / name))
-            saved.append(VecNormalize.load(str(tmp_path / name), make_dummy()))
+            history(env, 60, make_step)
+            env.save(str(tmp_path / "normalize.pkl"))
+            assert b"sb3_trpo" not in (tmp_path / "normalize.pkl").read_bytes()
+            saved.append(VecNormalize.load(str(tmp_path / "normalize.pkl"), make_dummy()))
         assert_identical(statistics(saved[0]), statistics(saved[1]))
         assert vars(saved[0]).keys() == vars(saved[1]).keys()
-
-    @pytest.mark.xfail(reason="the lean step_wait is an attribute of the wrapper, and is pickled with it")
-    def test_saving_while_stepping_saves_nothing_of_ours(self, tmp_path):
-        """As CheckpointCallback(save_vecnormalize=True) does."""
-        env = VecNormalize(make_dummy())
-        env.reset()
-        with lean_stepping(env):
-            env.step(np.zeros((N_ENVS, 2)))
-            env.save(str(tmp_path / "normalize.pkl"))
-        assert b"sb3_trpo" not in (tmp_path / "normalize.pkl").read_bytes()
-        assert "step_wait" not in vars(VecNormalize.load(str(tmp_path / "normalize.pkl"), make_dummy()))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8, np.int64])
@@ -267,7 +269,7 @@ class LoudNormalize(VecNormalize):
         return reward + 100.0
 
 
-class TestContext:
+class TestWhatIsStepped:
     def layers(self):
         dummy = make_dummy()
         normalize = VecNormalize(dummy)
@@ -275,75 +277,55 @@ class TestContext:
         stack.reset()
         return [dummy, normalize, stack]
 
-    def test_step_wait_is_restored(self):
+    def test_the_environments_stay_as_they_are(self):
         layers = self.layers()
-        before = [dict(vars(layer)) for layer in layers]
-        with lean_stepping(layers[-1]):
-            assert "step_wait" in vars(layers[0])
-            assert "step_wait" in vars(layers[1])
-            assert "step_wait" not in vars(layers[2])
-        assert [vars(layer).keys() for layer in layers] == [attributes.keys() for attributes in before]
+        before = [set(vars(layer)) | {"actions"} for layer in layers]  # which is there from the first step on
+        for layer in layers:
+            make_stepper(layer)(np.zeros((N_ENVS, 2)))
+        assert [set(vars(layer)) | {"actions"} for layer in layers] == before
         assert layers[0].step_wait.__func__ is DummyVecEnv.step_wait
         assert layers[1].step_wait.__func__ is VecNormalize.step_wait
 
-    def test_step_wait_is_restored_after_an_exception(self):
-        layers = self.layers()
-        with pytest.raises(ZeroDivisionError), lean_stepping(layers[-1]):
-            raise ZeroDivisionError
-        assert not any("step_wait" in vars(layer) for layer in layers)
+    def test_both_ways_of_stepping_may_alternate(self):
+        def run(make_steps):
+            env = VecNormalize(make_dummy())
+            steps = [make_step(env) for make_step in make_steps]
+            env.seed(0)
+            results = [env.reset()]
+            for i in range(60):
+                results.append((*steps[i // 7 % 2](np.full((N_ENVS, 2), 0.1))[:3], statistics(env)))
+            return results
 
-    def test_step_wait_is_restored_after_an_exception_of_the_environment(self):
-        layers = self.layers()
-        with pytest.raises(TypeError), lean_stepping(layers[-1]):
-            layers[-1].step(None)
-        assert not any("step_wait" in vars(layer) for layer in layers)
+        assert_identical(run([make_stepper, usual]), run([usual, usual]))
 
-    @pytest.mark.parametrize(
-        "make",
-        [lambda: make_dummy(cls=LoudDummy), lambda: LoudNormalize(make_dummy(), norm_obs=False)],
-        ids=["dummy", "normalize"],
-    )
-    def test_subclasses_are_left_alone(self, make):
+    def test_errors_of_the_environment_come_through(self):
+        for layer in self.layers():
+            with pytest.raises(TypeError, match="NoneType"):
+                make_stepper(layer)(None)
+
+    @pytest.mark.parametrize("cls", [LoudDummy, LoudNormalize, VecNormalize])
+    def test_subclasses_are_stepped_by_their_own_methods(self, cls):
+        def make():
+            if cls is LoudDummy:
+                return make_dummy(cls=LoudDummy)
+            return cls(make_dummy(cls=LoudDummy), norm_obs=False, norm_reward=False)
+
         assert_lean_is_identical(make, 30)
         env = make()
         env.reset()
-        with lean_stepping(env):
-            assert "step_wait" not in vars(env)
-            assert (env.step(np.zeros((N_ENVS, 2)))[1] >= 100.0).all()
+        assert (make_stepper(env)(np.zeros((N_ENVS, 2)))[1] >= 100.0).all()
 
-    def test_what_a_user_has_put_there_is_left_alone(self):
+    @pytest.mark.parametrize("depth", [0, 1])
+    def test_what_a_user_has_put_there_is_called(self, depth):
         layers = self.layers()
         calls = []
-        original = layers[0].step_wait
+        original = layers[depth].step_wait
 
         def own():
             calls.append(1)
             return original()
 
-        layers[0].step_wait = own
-        with lean_stepping(layers[-1]):
-            layers[-1].step(np.zeros((N_ENVS, 2)))
+        layers[depth].step_wait = own
+        make_stepper(layers[1])(np.zeros((N_ENVS, 2)))
         assert calls == [1]
-        assert layers[0].step_wait is own
-
-    def test_one_in_the_other(self):
-        layers = self.layers()
-        with lean_stepping(layers[-1]):
-            with lean_stepping(layers[-1]):
-                pass
-            assert "step_wait" in vars(layers[0])
-        assert not any("step_wait" in vars(layer) for layer in layers)
-
-    def test_an_environment_that_is_no_layer_of_ours(self):
-        class Still(DummyVecEnv):
-            pass
-
-        env = make_dummy(cls=Still)
-        with lean_stepping(env):
-            assert "step_wait" not in vars(env)
-
-    def test_the_environment_may_be_pickled_afterwards(self):
-        env = VecNormalize(make_dummy())
-        with lean_stepping(env):
-            pass
-        assert b"sb3_trpo" not in pickle.dumps(env)
+        assert layers[depth].step_wait is own

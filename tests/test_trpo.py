@@ -312,7 +312,7 @@ def test_a_critic_on_shared_features_still_fits_the_returns(method: str) -> None
     kwargs = {"critic_method": method, "learning_rate": 1e-2, "n_critic_updates": 10, "gamma": 0.0}
     model = make(ScriptedEnv(lambda step, action: 1.0), policy_kwargs=EXTRACTOR, **kwargs).learn(10 * N_STEPS)
 
-    assert model.logs[-1]["train/value_loss"] < 0.1 * model.logs[0]["train/value_loss"]
+    assert model.logs[-1]["train/value_loss"] < 0.01  # of returns that are all 1
 
 
 def zero_value_net(model: TRPO) -> None:
