@@ -136,7 +136,7 @@ class ChainActor:
     def __call__(self, observations: Observations, step: int) -> np.ndarray:
         """See :class:`Actor`."""
         assert isinstance(observations, np.ndarray)
-        hidden = observations.reshape(len(observations), -1).astype(np.float32)
+        hidden = observations.reshape(len(observations), -1).astype(np.float32, copy=False)
         for (weight, bias), activation in zip(self._weights, self._activations, strict=False):
             hidden = activation(hidden @ weight + bias)
         weight, bias = self._weights[-1]

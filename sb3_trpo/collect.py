@@ -40,7 +40,8 @@ def can_defer(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> bool:
     :param buffer: the buffer; a class of the user's own must be filled by its own methods
     :return: True for SB3's policies and buffers, and policies that change nothing but networks or distributions
     """
-    return type(buffer) in (RolloutBuffer, DictRolloutBuffer) and type(policy).forward is ActorCriticPolicy.forward
+    own_forward = "forward" in vars(policy) or type(policy).forward is not ActorCriticPolicy.forward
+    return type(buffer) in (RolloutBuffer, DictRolloutBuffer) and not own_forward
 
 
 def write_step(
@@ -70,6 +71,7 @@ def write_step(
     buffer.actions[step] = actions.reshape(buffer.actions.shape[1:])
     buffer.rewards[step] = rewards
     buffer.episode_starts[step] = episode_starts
+    buffer.pos = step + 1
 
 
 def find_truncations(step: int, dones: np.ndarray, infos: list[dict[str, Any]]) -> list[Truncation]:
@@ -108,9 +110,9 @@ def complete_buffer(
     :param last_observations: observations after the last step
     :param last_dones: whether the last step ended an episode
     :param max_batch_size: most states to evaluate at once; None for no bound
-    :return: V of the observations after the last step, shape ``(n_envs,)``
+    :return: V of the observations after the last step, shape ``(n_envs, 1)``
     """
-    buffer.pos, buffer.full = buffer.buffer_size, True
+    buffer.full = True
     shape = buffer.rewards.shape
     evaluated = [
         policy.evaluate_actions(chunk.inputs, chunk.actions)[:2]
@@ -121,12 +123,12 @@ def complete_buffer(
 
     for truncation, value in zip(truncations, _final_values(policy, truncations, max_batch_size), strict=True):
         buffer.rewards[truncation.step, truncation.env] += buffer.gamma * value
-    last_values = policy.predict_values(obs_as_tensor(last_observations, policy.device)).flatten()
+    last_values = policy.predict_values(obs_as_tensor(last_observations, policy.device))
     buffer.advantages = generalized_advantages(
         buffer.rewards,
         buffer.values,
         buffer.episode_starts,
-        last_values.cpu().numpy(),
+        last_values.flatten().cpu().numpy(),
         last_dones,
         buffer.gamma,
         buffer.gae_lambda,

@@ -269,7 +269,8 @@ class TRPO(OnPolicyAlgorithm):
         Fill the buffer by acting with the policy.
 
         Callbacks find SB3's local variables, but for ``obs_tensor``, ``values`` and ``log_probs``: those are computed for
-        the whole rollout at its end, where ``values`` (of the last observations) is there in ``on_rollout_end``.
+        the whole rollout at its end, where ``values`` (of the last observations) is there in ``on_rollout_end``. A
+        callback may change the policy in ``on_rollout_start``, not in ``on_step``.
 
         :param env: the training environment
         :param callback: called at every step, and at the rollout's start and end
@@ -281,13 +282,14 @@ class TRPO(OnPolicyAlgorithm):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
+        truncations: list[Truncation] = []
+        callback.on_rollout_start()
         act = make_actor(self.policy, n_rollout_steps, env.num_envs, self.sde_sample_freq)
         to_env = action_transform(self.policy)
         step = make_stepper(env)
-        truncations: list[Truncation] = []
-        callback.on_rollout_start()
 
-        for n_steps in range(n_rollout_steps):
+        n_steps = 0
+        while n_steps < n_rollout_steps:
             obs: Observations = self._last_obs  # type: ignore[assignment]
             starts: np.ndarray = self._last_episode_starts  # type: ignore[assignment]
             actions = act(obs, n_steps)
@@ -303,6 +305,7 @@ class TRPO(OnPolicyAlgorithm):
                 truncations += find_truncations(n_steps, dones, infos)
             write_step(rollout_buffer, n_steps, obs, actions, rewards, starts)
             self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
+            n_steps += 1
 
         last_obs: Observations = new_obs  # type: ignore[assignment]
         values = complete_buffer(rollout_buffer, self.policy, truncations, last_obs, dones, self._chunk_size)

@@ -308,7 +308,6 @@ class TestCallbacks:
         np.testing.assert_allclose(recorder.ends[0]["values"].flatten(), expected, atol=1e-6)
         np.testing.assert_array_equal(recorder.ends[0]["new_obs"], model._last_obs)
 
-    @pytest.mark.xfail(reason="the noise of the rollout is drawn before on_rollout_start")
     def test_the_policy_may_be_changed_at_the_start_of_a_rollout(self):
         """A schedule of the exploration does."""
 

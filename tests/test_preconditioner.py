@@ -538,7 +538,7 @@ def realistic(seed=0):
     return policy, x, target
 
 
-@pytest.mark.parametrize(("damping", "times"), [(0.1, 1.5), (0.01, 2.0)])
+@pytest.mark.parametrize(("damping", "times"), [(0.1, 1.3), (0.01, 1.5)])
 def test_fewer_iterations_to_nearly_all_of_the_gain(damping, times):
     """bᵀx − ½xᵀ(F + λI)x as a share of its maximum."""
     policy, x, target = realistic()
