@@ -66,7 +66,12 @@ def chain_product(new: Forward, weights: th.Tensor, actor: Sequence[th.Tensor], 
     has_log_std = is_gaussian and outputs(new.parts)[1].requires_grad
     widths = [z.shape[1] for z in outputs(new.parts)][: 1 if is_gaussian else None]
     rest_fits = [actor[i].shape for i in rest] == ([th.Size(widths)] if has_log_std else [])
-    if -1 in in_chain or not rest_fits or [call.layer for call in new.calls] != chain.layers:
+    if (
+        -1 in in_chain
+        or len(set(in_chain)) < len(in_chain)
+        or not rest_fits
+        or [call.layer for call in new.calls] != chain.layers
+    ):
         return None
     jacobian = ChainJacobian(new.calls, chain.activations)
     column = weights.unsqueeze(1)

@@ -6,6 +6,7 @@ F ≈ A ⊗ G with A = E[ā āᵀ] and G = E[g gᵀ] (Martens & Grosse 2015). A 
 averaged over the positions (Grosse & Martens 2016). Parameters of other layers get the diagonal.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -41,11 +42,12 @@ def factored_layers(module: nn.Module, actor: Sequence[nn.Parameter]) -> list[nn
     :return: the layers
     """
     theta = {id(parameter) for parameter in actor}
+    holders = Counter(id(parameter) for layer in module.modules() for parameter in layer.parameters(recurse=False))
     return [
         layer
         for layer in module.modules()
         if (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1))
-        and all(id(parameter) in theta for parameter in layer.parameters(recurse=False))
+        and all(id(p) in theta and holders[id(p)] == 1 for p in layer.parameters(recurse=False))
     ]
 
 
@@ -94,6 +96,7 @@ def damped_inverses(factors: Factors, damping: float) -> Factors:
     inverses = []
     for factor, size, shift in zip(factors, sizes, (pi * damping**0.5, damping**0.5 / pi), strict=True):
         shift = shift + 100.0 * th.finfo(factor.dtype).eps * size
+        shift = th.where(shift == 0, th.ones_like(shift), shift)
         root, _ = th.linalg.cholesky_ex(factor + shift * th.eye(len(factor), dtype=factor.dtype, device=factor.device))
         inverses.append(th.cholesky_inverse(root))
     return Factors(*inverses)
@@ -177,6 +180,8 @@ class _Signs:
 
 
 def _chunk_factors(new: Forward, weights: th.Tensor, signs: _Signs) -> Iterator[tuple[nn.Module, Factors]]:
+    if not new.calls:
+        return
     z = outputs(new.parts)
     cotangents = fisher_root(new.parts, signs.next(z))
     moving = [position for position, tensor in enumerate(z) if tensor.requires_grad]
