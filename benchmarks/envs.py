@@ -70,7 +70,8 @@ class Errands(gym.Env):
     """
     Dict observations, two-dimensional Box actions: walk to the corner that is called for, then to the next.
 
-    Only the two keys together say where to go. Every corner reached is worth 1; a good return for 100 steps is about 14.
+    Only the two keys together say where to go. Every corner reached is worth 1, and so is every unit of distance that
+    brings it nearer: paid at the corners alone, some runs never find all four. A good return for 100 steps is about 36.
     """
 
     CORNERS = np.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
@@ -84,11 +85,16 @@ class Errands(gym.Env):
         return self._observe(), {}
 
     def step(self, action: np.ndarray) -> Step:
+        before = self._distance()
         self.position = np.clip(self.position + 0.2 * np.clip(action, -1.0, 1.0), -1.0, 1.0)
-        reached = bool(np.linalg.norm(self.position - self.CORNERS[self.corner]) < 0.5)
+        after = self._distance()
+        reached = after < 0.5
         if reached:
             self.corner = (self.corner + int(self.np_random.integers(1, 4))) % 4
-        return self._observe(), float(reached), False, False, {}
+        return self._observe(), before - after + reached, False, False, {}
+
+    def _distance(self) -> float:
+        return float(np.linalg.norm(self.position - self.CORNERS[self.corner]))
 
     def _observe(self) -> dict[str, Any]:
         return {"position": self.position.astype(np.float32), "corner": self.corner}
