@@ -154,13 +154,15 @@ def fit_gauss_newton(
     :return: the loss at the end, and whether the first step helped
     """
     regression = Regression(values, chunks, layers)
+    # Two steps apart, the curvature is much the same: one preconditioner serves them all.
+    inverse = KroneckerPreconditioner(regression, layers, critic, damping) if critic else None
     for taken in range(n_steps if critic else 0):
         solution = conjugate_gradient(
             FisherOperator(regression, critic, damping, chain),
             regression.gradient(critic),
             max_iter=cg_max_steps,
             rtol=cg_residual_tol,
-            M=KroneckerPreconditioner(regression, layers, critic, damping),
+            M=inverse,
         )
         improved = _improve(regression, solution.x, critic)
         if improved is None:

@@ -172,7 +172,7 @@ class TRPO(OnPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         *,
-        cg_residual_tol: float = 0.04,
+        cg_residual_tol: float = 0.1,
         cg_preconditioner: str | None = "kfac",
         critic_method: str = "gauss_newton",
         critic_damping: float = 0.1,
