@@ -108,7 +108,7 @@ class Catch(gym.Env):
     worth depends on where in the image ball and paddle are, so the critic must see, too.
     """
 
-    SIZE, PIXELS = 9, 4
+    SIZE, PIXELS = 6, 6
     action_space = spaces.Discrete(3)
     observation_space = spaces.Box(0, 255, (SIZE * PIXELS, SIZE * PIXELS, 1), np.uint8)
 

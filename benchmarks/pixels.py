@@ -41,7 +41,7 @@ VARIANTS: dict[str, tuple[type[OnPolicyAlgorithm], dict[str, Any]]] = {
 }
 OURS = inspect.signature(sb3_trpo.TRPO).parameters
 SETTINGS: dict[str, Any] = {
-    "n_steps": 128,
+    "n_steps": 64,
     "gamma": 0.95,
     # Our defaults. One Discrete action: sb3-contrib's KL is the same as ours.
     "target_kl": OURS["target_kl"].default,

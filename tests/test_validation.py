@@ -13,6 +13,8 @@ NOT_NUMBERS = [None, "1", [1], 1j]
 TABLE = {
     "POSITIVE_INTEGER": ([1, 7, np.int64(3), 10**30], [0, -1, 1.0, 1.5, True, NAN, INF, np.float64(2.0), *NOT_NUMBERS]),
     "POSITIVE_INTEGER_OR_NONE": ([None, 1, np.int64(3)], [0, -1, 1.0, True, NAN, "1"]),
+    "BOOLEAN": ([True, False], [0, 1, None, "no"]),
+    "SAMPLE_FREQUENCY": ([-1, 1, 4], [0, -2, 1.5, True, None]),
     "NATURAL_NUMBER": ([0, 1, np.int32(3)], [-1, 0.0, False, NAN, INF, *NOT_NUMBERS]),
     "UNIT_INTERVAL": ([0, 0.0, 1, 1.0, 0.99, np.float32(0.5)], [-1e-9, 1.0 + 1e-9, True, NAN, INF, *NOT_NUMBERS]),
     "OPEN_UNIT_INTERVAL": ([1e-9, 0.8, 1.0 - 1e-9], [0, 0.0, 1, 1.0, -0.5, 2, True, NAN, *NOT_NUMBERS]),

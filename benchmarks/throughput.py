@@ -1,0 +1,317 @@
+"""
+How many steps a second: ours, sb3-contrib's TRPO, SB3's PPO and Tianshou's TRPO, in alternation, on one thread.
+
+    python benchmarks/throughput.py                            # everything; each scenario is written when it ends
+    python benchmarks/throughput.py --scenario halfcheetah_2   # some of it
+    python benchmarks/throughput.py --chart                    # draw the chart from the finished scenarios
+    python benchmarks/throughput.py --quick                    # a few minutes: does it run? Writes no file
+
+Both TRPOs have RL Zoo's MuJoCo settings (trust region in terms of the joint KL for ours) on rollouts of 2,048 steps; PPO
+has RL Zoo's for the task, its number of environments included; Tianshou has its MuJoCo example's, and so has ours beside
+it. The floor steps the same Monitor-wrapped environments with random actions and does nothing else. Every round collects a
+rollout and updates, contender after contender; figures are steps over the median time of a round.
+"""
+
+import peers  # isort: skip  (first: one thread)
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+
+N_STATES = 2048
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class Round(NamedTuple):
+    """
+    One rollout and its update.
+
+    :param steps: environment steps
+    :param collect: seconds of collecting
+    :param update: seconds of updating; 0 for the floor
+    :param total: seconds of both and of what is around them
+    """
+
+    steps: int
+    collect: float
+    update: float
+    total: float
+
+
+Contender = Callable[[], Round]
+
+
+class Scenario(NamedTuple):
+    """
+    Who runs against whom.
+
+    :param task: registered name
+    :param n_envs: number of environments
+    :param normalize: whether VecNormalize is around them
+    :param kind: "sb3" against sb3-contrib (and PPO), "tianshou" against Tianshou, "envpool" ours on EnvPool and without
+    """
+
+    task: str
+    n_envs: int
+    normalize: bool
+    kind: str = "sb3"
+
+
+def scenarios() -> dict[str, Scenario]:
+    found = {}
+    for task in ("CartPole-v1", "HalfCheetah-v5", "Humanoid-v5"):
+        for n_envs in (2, 8):
+            for normalize in (False, True):
+                name = f"{task.split('-')[0].lower()}_{n_envs}{'_normalized' if normalize else ''}"
+                found[name] = Scenario(task, n_envs, normalize)
+    found["tianshou"] = Scenario("HalfCheetah-v5", peers.TIANSHOU_SHAPE["n_envs"], True, "tianshou")
+    for task, n_envs in (("Hopper-v5", 8), ("Hopper-v5", 16), ("HalfCheetah-v5", 16)):
+        found[f"envpool_{task.split('-')[0].lower()}_{n_envs}"] = Scenario(task, n_envs, False, "envpool")
+    return found
+
+
+def sb3_contender(model: OnPolicyAlgorithm, clock: Callable[[], float]) -> Contender:
+    """``learn`` for one rollout and its update."""
+    n_steps = model.n_steps * model.n_envs
+    seconds = {"collect_rollouts": 0.0, "train": 0.0}
+
+    def timed(name: str) -> None:
+        method = getattr(model, name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            started = clock()
+            result = method(*args, **kwargs)
+            seconds[name] += clock() - started
+            return result
+
+        setattr(model, name, wrapper)
+
+    for name in seconds:
+        timed(name)
+
+    def play() -> Round:
+        seconds.update(dict.fromkeys(seconds, 0.0))
+        started = clock()
+        model.learn(n_steps, reset_num_timesteps=False)
+        return Round(n_steps, seconds["collect_rollouts"], seconds["train"], clock() - started)
+
+    return play
+
+
+def tianshou_contender(task: str, clock: Callable[[], float]) -> Contender:
+    """What its trainer does, without its logs."""
+    from tianshou.data import Collector, VectorReplayBuffer
+    from tianshou.env import DummyVectorEnv, VectorEnvNormObs
+    from tianshou.utils.torch_utils import policy_within_training_step
+
+    n_envs, n_steps = peers.TIANSHOU_SHAPE["n_envs"], peers.TIANSHOU_SHAPE["n_steps"]
+    env = VectorEnvNormObs(DummyVectorEnv([lambda: gym.make(task) for _ in range(n_envs)]))
+    env.seed(0)
+    single = gym.make(task)
+    algorithm = peers.tianshou_trpo(single.observation_space, single.action_space)
+    collector = Collector(algorithm, env, VectorReplayBuffer(4096, n_envs), exploration_noise=True)
+    collector.reset()
+
+    def play() -> Round:
+        started = clock()
+        with policy_within_training_step(algorithm.policy):
+            collector.collect(n_step=n_envs * n_steps)
+            collected = clock()
+            algorithm.update(buffer=collector.buffer, batch_size=None, repeat=1)
+        collector.reset_buffer(keep_statistics=True)
+        ended = clock()
+        return Round(n_envs * n_steps, collected - started, ended - collected, ended - started)
+
+    return play
+
+
+def random_actions(space: spaces.Space, n_steps: int, n_envs: int) -> np.ndarray:
+    """What an untrained policy does: clipped Gaussian noise, or anything."""
+    rng = np.random.default_rng(0)
+    if isinstance(space, spaces.Box):
+        return rng.normal(size=(n_steps, n_envs, *space.shape)).astype(np.float32).clip(space.low, space.high)
+    return rng.integers(space.n, size=(n_steps, n_envs))  # type: ignore[attr-defined]
+
+
+def bare_contender(env: VecEnv, n_states: int, clock: Callable[[], float]) -> Contender:
+    """Steps single environments one after the other, or the pool that has them all."""
+    actions = random_actions(env.action_space, n_states // env.num_envs, env.num_envs)
+    env.reset()
+    singles = env.unwrapped.envs if isinstance(env.unwrapped, DummyVecEnv) else None
+
+    def play() -> Round:
+        started = clock()
+        for row in actions:
+            if singles is None:
+                env.step(row)
+                continue
+            for single, action in zip(singles, row, strict=True):
+                _, _, terminated, truncated, _ = single.step(action)
+                if terminated or truncated:
+                    single.reset()
+        seconds = clock() - started
+        return Round(len(actions) * env.num_envs, seconds, 0.0, seconds)
+
+    return play
+
+
+def make_contenders(scenario: Scenario, threads: int, clock: Callable[[], float]) -> dict[str, Contender]:
+    """Whoever takes part, by name, each with environments of its own."""
+    task, n_envs, normalize, kind = scenario
+    if kind == "tianshou":
+        env = peers.make_env(task, n_envs, normalize=True)
+        return {
+            "ours": sb3_contender(peers.ours(env, **peers.TIANSHOU_AS_OURS), clock),
+            "tianshou": tianshou_contender(task, clock),
+            "bare": bare_contender(peers.make_env(task, n_envs), n_envs * peers.TIANSHOU_SHAPE["n_steps"], clock),
+        }
+    settings = {**peers.ZOO_TRPO, "n_steps": N_STATES // n_envs}
+    env = peers.make_env(task, n_envs, normalize=normalize)
+    own = peers.as_ours(settings, env.action_space)
+    contenders = {"ours": sb3_contender(peers.ours(env, **own), clock)}
+    if kind == "envpool":
+        from sb3_trpo.envpool import make_envpool
+
+        def pool(n_threads: int) -> VecEnv:
+            pooled: VecEnv = make_envpool(task, n_envs, seed=0, num_threads=n_threads)
+            return VecNormalize(pooled) if normalize else pooled
+
+        for n_threads in sorted({1, threads}):
+            name = f"envpool, {n_threads} thread{'s' if n_threads > 1 else ''}"
+            contenders[f"ours on {name}"] = sb3_contender(peers.ours(pool(n_threads), **own), clock)
+            contenders[f"bare {name}"] = bare_contender(pool(n_threads), N_STATES, clock)
+    else:
+        contrib = peers.contrib(peers.make_env(task, n_envs, normalize=normalize), **settings)
+        contenders["sb3-contrib"] = sb3_contender(contrib, clock)
+        if n_envs == 2:
+            ppo_env = peers.make_env(task, peers.ZOO_PPO[task][0], normalize=normalize)
+            contenders["ppo"] = sb3_contender(peers.ppo(ppo_env, task), clock)
+    contenders["bare"] = bare_contender(peers.make_env(task, n_envs), N_STATES, clock)
+    return contenders
+
+
+def run(scenario: Scenario, rounds: int, threads: int, clock_name: str) -> dict[str, Any]:
+    contenders = make_contenders(scenario, threads, CLOCKS[clock_name])
+    samples: dict[str, list[Round]] = {name: [] for name in contenders}
+    for number in range(-2, rounds):
+        for name, play in contenders.items():
+            played = play()
+            if number >= 0:
+                samples[name].append(played)
+    rows = {name: _row(played) for name, played in samples.items()}
+    return {"scenario": scenario._asdict(), "rounds": rounds, "clock": clock_name, "contenders": rows}
+
+
+def _row(played: Sequence[Round]) -> dict[str, Any]:
+    steps = played[0].steps
+    row: dict[str, Any] = {"steps_per_round": steps}
+    for part in ("collect", "update", "total"):
+        seconds = statistics.median(getattr(one, part) for one in played)
+        row[f"{part}_steps_per_second"] = round(steps / seconds, 1) if seconds else None
+        row[f"{part}_seconds"] = [round(getattr(one, part), 5) for one in played]
+    return row
+
+
+def print_result(name: str, result: dict[str, Any]) -> None:
+    rows = result["contenders"]
+    own, bare = rows["ours"], rows["bare"]
+    for who, row in rows.items():
+        columns = [row[f"{part}_steps_per_second"] for part in ("collect", "update", "total")]
+        if who.startswith("bare"):
+            columns[1:] = [None, None]
+        cells = "".join(f"{'' if column is None else f'{column:,.0f}':>12}" for column in columns)
+        ratios = ""
+        if not who.startswith("bare"):
+            over_floor = bare["collect_steps_per_second"] / row["collect_steps_per_second"]
+            ratios = f"{over_floor:11.2f}"
+            if who != "ours":
+                gained = [own[key] / row[key] for key in ("collect_steps_per_second", "total_steps_per_second")]
+                ratios += "".join(f"{ratio:13.2f}×" for ratio in gained)
+        print(f"{name if who == 'ours' else '':26}{who:28}{cells}{ratios}")
+    print(flush=True)
+
+
+def draw(path: Path) -> None:
+    """Bars of collecting and of the whole, without VecNormalize, as shares of the environments' own speed."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "sb3_trpo"  # the same ids every time
+    from matplotlib import pyplot as plt
+
+    results = json.loads(path.read_text(encoding="utf-8"))["scenarios"]
+    shown = [name for name in scenarios() if name in results and not name.endswith("_normalized") and "envpool" not in name]
+    if not shown:
+        return
+    colors = {"ours": "#1b6ca8", "sb3-contrib": "#e08e45", "ppo": "#9aa5b1", "tianshou": "#7fb069"}
+    labels = {"ours": "sb3_trpo", "sb3-contrib": "sb3-contrib TRPO", "ppo": "SB3 PPO", "tianshou": "Tianshou TRPO"}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    for axis, part, title in zip(axes, ("collect", "total"), ("collecting", "end to end"), strict=True):
+        for place, name in enumerate(shown):
+            rows = results[name]["contenders"]
+            alone = rows["bare"]["collect_steps_per_second"]
+            present = [who for who in colors if who in rows]
+            width = 0.8 / len(present)
+            for number, who in enumerate(present):
+                x = place - 0.4 + (number + 0.5) * width
+                axis.bar(x, 100.0 * rows[who][f"{part}_steps_per_second"] / alone, 0.94 * width, color=colors[who])
+        axis.axhline(100.0, color="black")
+        ticks = [f"{results[name]['scenario']['task']}\n{results[name]['scenario']['n_envs']} envs" for name in shown]
+        axis.set_xticks(range(len(shown)), ticks, fontsize=8)
+        axis.set_title(f"{title}: steps per second on one thread, % of the environments alone", fontsize=9)
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
+    handles.append(plt.Line2D([], [], color="black"))
+    axes[1].legend(handles, [*labels.values(), "environments alone"], fontsize=8, frameon=False)
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
+    print(f"drawn: {path.with_suffix('.png').name}, {path.with_suffix('.svg').name}")
+
+
+def main() -> None:
+    every = scenarios()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenario", nargs="+", choices=every, default=list(every), metavar="SCENARIO", help=", ".join(every))
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each, after two for warm-up")
+    parser.add_argument("--threads", type=int, default=2, help="threads of EnvPool")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a machine with other work (not for EnvPool)")
+    parser.add_argument("--chart", action="store_true", help="draw the chart of the finished scenarios, and run nothing")
+    parser.add_argument("--quick", action="store_true", help="three rounds; writes no file unless --out")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/throughput.json")
+    args = parser.parse_args()
+    out = args.out or (None if args.quick else peers.RESULTS / "throughput.json")
+    th.manual_seed(0)
+
+    if not args.chart:
+        print(f"{'':54}{'steps per second:':>17}")
+        print(
+            f"{'scenario':26}{'':28}{'collecting':>12}{'updating':>12}{'end to end':>12}{'floor/coll.':>11}"
+            f"{'ours: coll.':>14}{'end to end':>14}"
+        )
+        for name in args.scenario:
+            try:
+                result = run(every[name], 3 if args.quick else args.rounds, args.threads, args.clock)
+            except ImportError as error:
+                print(f"{name:26}left out: {error}\n", flush=True)
+                continue
+            print_result(name, result)
+            peers.update_json(out, "scenarios", name, result)
+    if out is not None and out.exists():
+        draw(out)
+
+
+if __name__ == "__main__":
+    main()
