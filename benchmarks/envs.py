@@ -102,37 +102,46 @@ class Errands(gym.Env):
 
 class Catch(gym.Env):
     """
-    Pixels: a ball falls from the top of an image, and a paddle at its bottom moves by −1, 0 or 1 cells to catch it.
+    Pixels: balls fall one after the other, and a paddle at the bottom of the image moves by −1, 0 or 1 cells.
 
-    An episode is one ball, worth 1 or −1. Every ball can be caught, by setting out for it at once: what a position is
-    worth depends on where in the image ball and paddle are, so the critic must see, too.
+    Catching a bright ball is worth 1, catching a dark one −1. What a position is worth depends on the ball's shade and on
+    where ball and paddle are, for the best policy too, so the critic must see as well. A perfect return for the 40 steps
+    (8 balls) is 4 on average.
     """
 
     SIZE, PIXELS = 6, 6
+    PADDLE, DARK, BRIGHT = 180, 100, 255
     action_space = spaces.Discrete(3)
     observation_space = spaces.Box(0, 255, (SIZE * PIXELS, SIZE * PIXELS, 1), np.uint8)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
-        self.row = 0
-        self.column, self.paddle = (int(place) for place in self.np_random.integers(self.SIZE, size=2))
+        self.paddle = int(self.np_random.integers(self.SIZE))
+        self._drop_ball()
         return self._observe(), {}
 
     def step(self, action: int) -> Step:
-        self.row += 1
         self.paddle = min(max(self.paddle + int(action) - 1, 0), self.SIZE - 1)
-        landed = self.row == self.SIZE - 1
-        reward = (1.0 if self.column == self.paddle else -1.0) if landed else 0.0
-        return self._observe(), reward, landed, False, {}
+        self.row += 1
+        reward = 0.0
+        if self.row == self.SIZE - 1:
+            if self.column == self.paddle:
+                reward = 1.0 if self.bright else -1.0
+            self._drop_ball()
+        return self._observe(), reward, False, False, {}
+
+    def _drop_ball(self) -> None:
+        self.row, self.column = 0, int(self.np_random.integers(self.SIZE))
+        self.bright = bool(self.np_random.integers(2))
 
     def _observe(self) -> np.ndarray:
         cells = np.zeros((self.SIZE, self.SIZE), np.uint8)
-        cells[-1, self.paddle] = 128
-        cells[self.row, self.column] = 255
+        cells[-1, self.paddle] = self.PADDLE
+        cells[self.row, self.column] = self.BRIGHT if self.bright else self.DARK
         return cells.repeat(self.PIXELS, axis=0).repeat(self.PIXELS, axis=1)[:, :, None]
 
 
 gym.register("Chase-v0", Chase, max_episode_steps=50)
 gym.register("Hover-v0", Hover, max_episode_steps=100)
 gym.register("Errands-v0", Errands, max_episode_steps=100)
-gym.register("Catch-v0", Catch)
+gym.register("Catch-v0", Catch, max_episode_steps=40)

@@ -267,7 +267,8 @@ def draw(path: Path) -> None:
                 x = place - 0.4 + (number + 0.5) * width
                 axis.bar(x, 100.0 * rows[who][f"{part}_steps_per_second"] / alone, 0.94 * width, color=colors[who])
         axis.axhline(100.0, color="black")
-        ticks = [f"{results[name]['scenario']['task']}\n{results[name]['scenario']['n_envs']} envs" for name in shown]
+        drawn = [results[name]["scenario"] for name in shown]
+        ticks = ["{}\n{} envs".format(scenario["task"].replace("-", "\n-"), scenario["n_envs"]) for scenario in drawn]
         axis.set_xticks(range(len(shown)), ticks, fontsize=8)
         axis.set_title(f"{title}: steps per second on one thread, % of the environments alone", fontsize=9)
         axis.grid(axis="y", alpha=0.3)
