@@ -1,0 +1,167 @@
+"""
+Where the time of one collected step goes, in sb3-contrib's TRPO and in ours; and whether fitting the critic while acting pays.
+
+    python benchmarks/collecting.py            # both tables
+    python benchmarks/collecting.py --quick    # does it run? Writes no file
+
+Parts are timed by a clock around the functions that do them; a part inside another is taken out of it. The overlap runs the
+critic's fit in a thread of its own while the next rollout is collected, which needs a second core to pay at all.
+"""
+
+import peers  # isort: skip  (first: one thread)
+
+import argparse
+import copy
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_trpo import acting, stepping, trpo
+from sb3_trpo.parameters import Snapshot
+from sb3_trpo.policies import actor_parameters
+from sb3_trpo.rollout import read_rollout
+
+N_STEPS, N_ENVS = 1024, 2
+BOOKS = "callbacks, episode statistics"
+PARTS = ["environments", "vectorising", "normalising", "acting", "evaluating", "buffer", BOOKS, "rest"]
+Patch = tuple[Any, str, str]
+PEER: list[Patch] = [
+    (DummyVecEnv, "step_wait", "vectorising"),
+    (VecNormalize, "step_wait", "normalising"),
+    (ActorCriticPolicy, "forward", "acting"),
+    (ActorCriticPolicy, "predict_values", "evaluating"),
+    (RolloutBuffer, "add", "buffer"),
+    (RolloutBuffer, "compute_returns_and_advantage", "evaluating"),
+    (CallbackList, "on_step", BOOKS),
+    (OnPolicyAlgorithm, "_update_info_buffer", BOOKS),
+]
+OURS: list[Patch] = [
+    (stepping, "step_dummy", "vectorising"),
+    (stepping, "step_normalize", "normalising"),
+    (acting.ChainActor, "__call__", "acting"),
+    (acting.ChainActor, "__init__", "acting"),
+    (trpo, "complete_buffer", "evaluating"),
+    (trpo, "write_step", "buffer"),
+    (CallbackList, "on_step", BOOKS),
+    (OnPolicyAlgorithm, "_update_info_buffer", BOOKS),
+]
+
+
+class Stopwatch:
+    """Seconds spent in each part, without those spent in parts inside it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inside: list[float] = [0.0]
+
+    def around(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._inside.append(0.0)
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds = time.perf_counter() - start
+                self.seconds[part] += seconds - self._inside.pop()
+                self._inside[-1] += seconds
+
+        return timed
+
+
+def profile(model: OnPolicyAlgorithm, patches: list[Patch], rounds: int) -> dict[str, float]:
+    """Microseconds of each part in one step of all environments: medians over rollouts."""
+    callback = peers.begin(model)
+    samples: dict[str, list[float]] = defaultdict(list)
+    for number in range(-1, rounds):
+        watch = Stopwatch()
+        with ExitStack() as stack:
+            for owner, name, part in patches:
+                stack.enter_context(mock.patch.object(owner, name, watch.around(getattr(owner, name), part)))
+            for env in model.env.unwrapped.envs:
+                for name in ("step", "reset"):
+                    stack.enter_context(mock.patch.object(env, name, watch.around(getattr(env, name), "environments")))
+            watch.around(model.collect_rollouts, "rest")(model.env, callback, model.rollout_buffer, N_STEPS)
+        for part in PARTS if number >= 0 else ():
+            samples[part].append(1e6 * watch.seconds[part] / N_STEPS)
+    return {part: round(statistics.median(values), 1) for part, values in samples.items()}
+
+
+def overlap(task: str, rounds: int) -> dict[str, float]:
+    """Milliseconds of collecting, of the critic's fit, of one after the other and of both at once: medians."""
+    env = peers.make_env(task, N_ENVS)
+    settings = peers.as_ours({**peers.ZOO_TRPO, "n_steps": N_STEPS}, env.action_space)
+    model, other = peers.ours(env, **settings), peers.ours(env, **settings)
+    callback = peers.begin(model)
+
+    def collect() -> None:
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, N_STEPS)
+
+    collect()
+    # The fit must not share its networks and rollout with the collecting beside it.
+    rollout = copy.deepcopy(read_rollout(model.rollout_buffer, model.action_space))
+    actor = actor_parameters(other.policy, other._distribution, rollout.select(slice(1)).inputs)
+    start = Snapshot(other.policy.parameters())
+
+    def fit() -> None:
+        start.restore()
+        other._fit_critic(rollout, actor)
+
+    def both() -> None:
+        thread = threading.Thread(target=fit)
+        thread.start()
+        collect()
+        thread.join()
+
+    samples: dict[str, list[float]] = defaultdict(list)
+    for number in range(-2, rounds):
+        for name, work in {"collecting": collect, "fitting": fit, "at once": both}.items():
+            started = time.perf_counter()
+            work()
+            if number >= 0:
+                samples[name].append(1e3 * (time.perf_counter() - started))
+    medians = {name: round(statistics.median(values), 1) for name, values in samples.items()}
+    return {**medians, "saved": round(medians["collecting"] + medians["fitting"] - medians["at once"], 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="timed rollouts of each, after warm-up")
+    parser.add_argument("--quick", action="store_true", help="two rounds; writes no file unless --out")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/collecting.json")
+    args = parser.parse_args()
+    out = args.out or (None if args.quick else peers.RESULTS / "collecting.json")
+    rounds = 2 if args.quick else args.rounds
+
+    for task in ("HalfCheetah-v5", "CartPole-v1"):
+        for normalize in (False, True):
+            settings = {**peers.ZOO_TRPO, "n_steps": N_STEPS}
+            models = [
+                make(peers.make_env(task, N_ENVS, normalize=normalize), **settings) for make in (peers.contrib, peers.ours)
+            ]
+            columns = [profile(model, patches, rounds) for model, patches in zip(models, (PEER, OURS), strict=True)]
+            name = f"{task}{', VecNormalize' if normalize else ''}"
+            print(f"\n{name}: µs in a step of {N_ENVS} environments{'sb3-contrib':>20}{'sb3_trpo':>12}")
+            for part in PARTS:
+                print(f"  {part:60}{columns[0][part]:10.1f}{columns[1][part]:12.1f}")
+            print(f"  {'sum':60}{sum(columns[0].values()):10.1f}{sum(columns[1].values()):12.1f}", flush=True)
+            peers.update_json(out, "microseconds", name, dict(zip(("sb3-contrib", "sb3_trpo"), columns, strict=True)))
+    for task in ("HalfCheetah-v5", "CartPole-v1"):
+        figures = overlap(task, rounds)
+        print(f"\n{task}, ms: " + ", ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
+        peers.update_json(out, "critic_while_acting", task, figures)
+
+
+if __name__ == "__main__":
+    main()
