@@ -1,10 +1,11 @@
-"""Trust Region Policy Optimization for Stable-Baselines3."""
+"""Trust Region Policy Optimization, and the natural policy gradient, for Stable-Baselines3."""
 
 from pathlib import Path
 
+from sb3_trpo.npg import NPG
 from sb3_trpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_trpo.trpo import TRPO
 
 __version__ = (Path(__file__).parent / "version.txt").read_text(encoding="utf-8").strip()
 
-__all__ = ["TRPO", "CnnPolicy", "MlpPolicy", "MultiInputPolicy", "__version__"]
+__all__ = ["NPG", "TRPO", "CnnPolicy", "MlpPolicy", "MultiInputPolicy", "__version__"]

@@ -11,6 +11,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
+from sb3_trpo.actions import ActionOptionsPolicy
 from sb3_trpo.mlp import Chain, actor_chain
 
 Observations = np.ndarray | dict[str, np.ndarray]
@@ -55,7 +56,7 @@ def make_actor(policy: ActorCriticPolicy, n_steps: int, n_envs: int, sde_sample_
 
 def action_transform(policy: ActorCriticPolicy) -> Callable[[np.ndarray], np.ndarray]:
     """
-    What the environment gets for the policy's actions: SB3 unscales squashed actions and clips unbounded ones.
+    What the environment gets for the policy's actions: bounded ones are scaled to the space, all others clipped to it.
 
     :param policy: the policy
     :return: actions of the policy ↦ actions of the environment
@@ -63,6 +64,8 @@ def action_transform(policy: ActorCriticPolicy) -> Callable[[np.ndarray], np.nda
     space = policy.action_space
     if not isinstance(space, spaces.Box):
         return lambda actions: actions
+    if isinstance(policy, ActionOptionsPolicy) and policy.action_bound is not None:
+        return lambda actions: policy.unscale_action(policy.bounded(th.from_numpy(actions)).numpy())
     if policy.squash_output:
         return policy.unscale_action
     low, high = space.low, space.high

@@ -98,6 +98,7 @@ def complete_buffer(
     last_observations: Observations,
     last_dones: np.ndarray,
     max_batch_size: int | None,
+    value_scale: float,
 ) -> th.Tensor:
     """
     Fill in values, log-probabilities, bootstrapped rewards, advantages and returns.
@@ -110,6 +111,7 @@ def complete_buffer(
     :param last_observations: observations after the last step
     :param last_dones: whether the last step ended an episode
     :param max_batch_size: most states to evaluate at once; None for no bound
+    :param value_scale: what the critic's outputs are multiplied with to give V
     :return: V of the observations after the last step, shape ``(n_envs, 1)``
     """
     buffer.full = True
@@ -118,12 +120,12 @@ def complete_buffer(
         policy.evaluate_actions(chunk.inputs, chunk.actions)[:2]
         for chunk in read_rollout(buffer, policy.action_space).chunks(max_batch_size)
     ]
-    buffer.values[:] = th.cat([values.flatten() for values, _ in evaluated]).cpu().numpy().reshape(shape)
+    buffer.values[:] = value_scale * th.cat([values.flatten() for values, _ in evaluated]).cpu().numpy().reshape(shape)
     buffer.log_probs[:] = th.cat([log_probs for _, log_probs in evaluated]).cpu().numpy().reshape(shape)
 
     for truncation, value in zip(truncations, _final_values(policy, truncations, max_batch_size), strict=True):
-        buffer.rewards[truncation.step, truncation.env] += buffer.gamma * value
-    last_values = policy.predict_values(obs_as_tensor(last_observations, policy.device))
+        buffer.rewards[truncation.step, truncation.env] += buffer.gamma * value_scale * value
+    last_values = value_scale * policy.predict_values(obs_as_tensor(last_observations, policy.device))
     buffer.advantages = generalized_advantages(
         buffer.rewards,
         buffer.values,

@@ -38,35 +38,46 @@ class Solution(NamedTuple):
 
 
 def conjugate_gradient(
-    A: LinearMap, b: th.Tensor, *, max_iter: int, rtol: float = 0.0, M: LinearMap | None = None
+    A: LinearMap, b: th.Tensor, *, max_iter: int, rtol: float = 0.0, M: LinearMap | None = None, x0: th.Tensor | None = None
 ) -> Solution:
     """
-    Solve A x = b by (preconditioned) conjugate gradients, from x = 0.
+    Solve A x = b by (preconditioned) conjugate gradients, from x = 0, or from the multiple of ``x0`` that gains most.
 
-    Stops as soon as ‖r‖_M ≤ rtol·‖b‖_M, where r = b − A x and ‖r‖_M = √(rᵀ M r). Started at zero, the iterates grow the
-    quadratic gain bᵀx − ½xᵀAx monotonically, so that every one of them is an ascent direction of bᵀx.
-    Source: Nocedal & Wright, Numerical Optimization, algorithm 5.3.
+    Stops as soon as ‖r‖_M ≤ rtol·‖b‖_M, where r = b − A x and ‖r‖_M = √(rᵀ M r). The iterates grow the quadratic gain
+    bᵀx − ½xᵀAx, which is not below 0 at either start, monotonically, so that every one of them is an ascent direction of
+    bᵀx. Source: Nocedal & Wright, Numerical Optimization, algorithm 5.3.
 
     :param A: v ↦ A v, symmetric positive definite
     :param b: right-hand side, shape ``(n,)``
     :param max_iter: bound on the number of products with A
     :param rtol: relative tolerance on the residual
     :param M: v ↦ M v with M ≈ A⁻¹, symmetric positive definite; None for the identity
+    :param x0: a guess at the direction of the solution, shape ``(n,)``; it costs one product
     :return: the solution, with the reason for stopping
     """
-    x, r = th.zeros_like(b), b.clone()
+    x, r, iterations = th.zeros_like(b), b.clone(), 0
     if not bool(b.any()):
         return Solution(x, Status.CONVERGED, 0, 0.0, 0.0)
     z = r if M is None else M(r)
-    p = z
     rz = r.dot(z)
     rz_start = float(rz)
     if not rz_start > 0.0 or rz_start == math.inf:
         status = Status.NONPOSITIVE_CURVATURE if rz_start <= 0.0 else Status.NOT_FINITE
         return Solution(x, status, 0, 1.0, 0.0)
+    if x0 is not None:
+        Ax0 = A(x0)
+        length = b.dot(x0) / x0.dot(Ax0)
+        if math.isfinite(length):
+            x, r, iterations = length * x0, b - length * Ax0, 1
+            z = r if M is None else M(r)
+            rz = r.dot(z)
 
-    status, iterations, residual = Status.ITERATION_BOUND, 0, 1.0
-    while iterations < max_iter:
+    p = z
+    status, residual = Status.CONVERGED, math.sqrt(max(float(rz), 0.0) / rz_start)
+    while residual > rtol:
+        if iterations >= max_iter:
+            status = Status.ITERATION_BOUND
+            break
         Ap = A(p)
         curvature = p.dot(Ap)
         length = rz / curvature
@@ -83,10 +94,7 @@ def conjugate_gradient(
             break
         x, r = x + length * p, r_new
         iterations += 1
-        residual = (rz_read / rz_start) ** 0.5
-        if residual <= rtol:
-            status = Status.CONVERGED
-            break
+        residual = math.sqrt(rz_read / rz_start)
         p = z + (rz_new / rz) * p
         rz = rz_new
     return Solution(x, status, iterations, residual, float(x.dot(b - r)))

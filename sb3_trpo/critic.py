@@ -1,6 +1,7 @@
 """The value regression, V(s) ≈ R̂: by Gauss-Newton steps, or by minibatch steps of the policy's own optimizer."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -27,12 +28,17 @@ class CriticFit(NamedTuple):
     """
     What the regression did.
 
-    :param value_loss: mean squared error: at the end (Gauss-Newton), or averaged over the minibatches; NaN if unknown
+    :param losses: mean squared error: at the end (Gauss-Newton), or of each minibatch; NaN if unknown
     :param succeeded: False if no step was good, or a number was not finite, and the critic is as it was before
     """
 
-    value_loss: float
+    losses: list[float]
     succeeded: bool
+
+    @property
+    def value_loss(self) -> float:
+        """Mean of the losses."""
+        return sum(self.losses) / len(self.losses)
 
 
 def fit_minibatches(
@@ -57,10 +63,10 @@ def fit_minibatches(
     :param optimizer: optimizer that holds them, possibly among others, which stay untouched
     :param batch_size: states in a minibatch
     :param n_epochs: passes over the rollout
-    :return: the mean loss, and whether the fit stands
+    :return: the losses, and whether the fit stands
     """
     if not critic:
-        return CriticFit(float("nan"), True)
+        return CriticFit([math.nan], True)
     critic_before = Snapshot(critic)
     optimizer_before = copy.deepcopy(optimizer.state_dict())
     optimizer.zero_grad()
@@ -79,8 +85,8 @@ def fit_minibatches(
     if not all_finite([th.stack(losses), *critic, *state]):
         critic_before.restore()
         optimizer.load_state_dict(optimizer_before)
-        return CriticFit(float("nan"), False)
-    return CriticFit(float(th.stack(losses).mean()), True)
+        return CriticFit([math.nan], False)
+    return CriticFit(th.stack(losses).tolist(), True)
 
 
 class Regression(Forwards):
@@ -122,7 +128,7 @@ def _regression_forward(values: ValueFunction, rollout: Rollout, layers: Sequenc
         predicted = values(rollout.inputs)
     log_prob = -0.5 * (predicted - rollout.returns).square()
     parts = (Normal(predicted.unsqueeze(1), th.ones_like(predicted).unsqueeze(1)),)
-    return Forward(parts, log_prob, th.zeros_like(log_prob), calls)
+    return Forward(parts, log_prob, None, calls)
 
 
 def fit_gauss_newton(
@@ -166,9 +172,9 @@ def fit_gauss_newton(
         )
         improved = _improve(regression, solution.x, critic)
         if improved is None:
-            return CriticFit(regression.loss(), taken > 0)
+            return CriticFit([regression.loss()], taken > 0)
         regression = improved
-    return CriticFit(regression.loss(), True)
+    return CriticFit([regression.loss()], True)
 
 
 def _improve(regression: Regression, step: th.Tensor, critic: Sequence[nn.Parameter]) -> Regression | None:

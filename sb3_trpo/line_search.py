@@ -74,28 +74,37 @@ def undamped_curvature(damped: float, damping: float, square_norm: float) -> flo
 
 
 def backtracking_line_search(
-    evaluate: Callable[[float], Point], start: Point, *, target_kl: float, shrink: float, max_iter: int
+    evaluate: Callable[[float], Point],
+    start: Point,
+    *,
+    target_kl: float,
+    shrink: float,
+    max_iter: int,
+    min_improvement: float = 0.0,
 ) -> Search:
     """
     The first of ever smaller fractions whose point improves the objective inside the trust region.
 
-    A point that does not improve is followed by one α times as far. A point outside the trust region is followed by the
-    one where a quadratic KL through it would meet the bound, less 1 %: backtracking by α, as in Schulman et al. 2015,
+    A point that does not improve enough is followed by one α times as far. A point outside the trust region is followed by
+    the one where a quadratic KL through it would meet the bound, less 1 %: backtracking by α, as in Schulman et al. 2015,
     appendix C, would leave up to a share 1 − α² of the region unused.
 
-    :param evaluate: fraction ↦ objective and KL at θ_old + fraction·βs (it leaves the parameters there)
-    :param start: the point at θ_old
+    :param evaluate: fraction ↦ objective and KL at θ + fraction·βs (it leaves the parameters there)
+    :param start: the point at θ, inside the trust region
     :param target_kl: δ in nats; the bound holds with equality allowed
     :param shrink: α, in (0, 1)
     :param max_iter: bound on the number of points tried
-    :return: the accepted point, or a rejection; the caller restores θ_old then
+    :param min_improvement: least improvement of the objective by the full step, and by a fraction of it in proportion; it
+        must be above 0 in any case
+    :return: the accepted point, or a rejection; the caller restores θ then
     """
     fraction = 1.0
     for backtracks in range(max_iter):
         point = evaluate(fraction)
-        # A NaN fails both comparisons, an infinite objective is no improvement that can be trusted.
-        if point.kl <= target_kl and start.objective < point.objective < math.inf:
+        improvement = point.objective - start.objective
+        # A NaN fails every comparison, an infinite objective is no improvement that can be trusted.
+        if point.kl <= target_kl and 0.0 < improvement < math.inf and improvement >= fraction * min_improvement:
             return Search(Outcome.ACCEPTED, fraction, backtracks, point)
         outside = target_kl < point.kl < math.inf
-        fraction *= 0.99 * math.sqrt(target_kl / point.kl) if outside else shrink
+        fraction *= 0.99 * math.sqrt((target_kl - start.kl) / (point.kl - start.kl)) if outside else shrink
     return Search(Outcome.REJECTED, 0.0, max_iter, start)

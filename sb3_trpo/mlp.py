@@ -18,6 +18,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
+from sb3_trpo.actions import ActionOptionsPolicy, TanhGaussianDistribution
 from sb3_trpo.layers import LayerCall
 
 ELEMENTWISE = (nn.Tanh, nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Sigmoid, nn.Softplus, nn.Identity)
@@ -25,6 +26,7 @@ ELEMENTWISE = (nn.Tanh, nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Sigm
 
 STATE_INDEPENDENT_NOISE = (
     DiagGaussianDistribution,
+    TanhGaussianDistribution,
     CategoricalDistribution,
     MultiCategoricalDistribution,
     BernoulliDistribution,
@@ -71,7 +73,10 @@ def _is_standard(policy: nn.Module, methods: Sequence[str]) -> bool:
         isinstance(policy, ActorCriticPolicy)
         and type(policy.mlp_extractor) is MlpExtractor
         and type(policy.features_extractor) is FlattenExtractor
-        and all(getattr(type(policy), method) is getattr(ActorCriticPolicy, method) for method in methods)
+        and all(
+            getattr(type(policy), method) in (getattr(ActorCriticPolicy, method), getattr(ActionOptionsPolicy, method))
+            for method in methods
+        )
     )
 
 

@@ -14,14 +14,22 @@ from stable_baselines3.common.policies import (
 from stable_baselines3.common.preprocessing import is_image_space
 from torch import nn
 
+from sb3_trpo.actions import ActionOptionsPolicy
 from sb3_trpo.distributions import components, joint_kl
 from sb3_trpo.rollout import Inputs
 from sb3_trpo.surrogate import PolicyFunction
 
-MlpPolicy = ActorCriticPolicy
+
+class MlpPolicy(ActionOptionsPolicy):
+    """
+    SB3's MLP policy.
+
+    :param args: as SB3's ``ActorCriticPolicy``
+    :param kwargs: as SB3's ``ActorCriticPolicy``, and those of :class:`~sb3_trpo.actions.ActionOptionsPolicy`
+    """
 
 
-class CnnPolicy(ActorCriticCnnPolicy):
+class CnnPolicy(ActionOptionsPolicy, ActorCriticCnnPolicy):
     """
     SB3's CNN policy, with a features extractor each for actor and critic unless told otherwise.
 
@@ -29,8 +37,8 @@ class CnnPolicy(ActorCriticCnnPolicy):
     features that only the policy objective shapes.
 
     :param args: as SB3's ``ActorCriticCnnPolicy``
-    :param kwargs: as SB3's ``ActorCriticCnnPolicy``; ``share_features_extractor=True`` saves the critic's own extractor,
-        at the price above
+    :param kwargs: as SB3's ``ActorCriticCnnPolicy``, and those of :class:`~sb3_trpo.actions.ActionOptionsPolicy`;
+        ``share_features_extractor=True`` saves the critic's own extractor, at the price above
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,12 +46,13 @@ class CnnPolicy(ActorCriticCnnPolicy):
         super().__init__(*args, **kwargs)
 
 
-class MultiInputPolicy(MultiInputActorCriticPolicy):
+class MultiInputPolicy(ActionOptionsPolicy, MultiInputActorCriticPolicy):
     """
     SB3's policy for Dict observations, with a features extractor each for actor and critic unless told otherwise.
 
     :param args: as SB3's ``MultiInputActorCriticPolicy``
-    :param kwargs: as SB3's ``MultiInputActorCriticPolicy``; for ``share_features_extractor`` see :class:`CnnPolicy`
+    :param kwargs: as SB3's ``MultiInputActorCriticPolicy``, and those of
+        :class:`~sb3_trpo.actions.ActionOptionsPolicy`; for ``share_features_extractor`` see :class:`CnnPolicy`
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -58,6 +58,27 @@ class Rollout:
         """Number of states."""
         return len(self.actions)
 
+    def sample(self, index: th.Tensor) -> "Rollout":
+        """
+        Some of the states, weighted to stand for all of them.
+
+        :param index: which, shape ``(n,)``
+        :return: the sample
+        """
+        sample = self.select(index)
+        return replace(sample, weights=sample.weights / sample.weights.sum())
+
+    def reweighted(self, ratios: th.Tensor) -> "Rollout":
+        """
+        The same states as another policy sees them: Â π/π_old in place of Â.
+
+        Another policy's objective on them is then the one of the policy that collected them: π'/π · Â π/π_old.
+
+        :param ratios: π(a|s) / π_old(a|s), shape ``(n_states,)``
+        :return: the rollout with reweighted advantages
+        """
+        return replace(self, advantages=self.advantages * ratios)
+
     def thin(self, factor: int) -> "Rollout":
         """
         A random 1/``factor`` of the states, weighted to stand for all of them.
@@ -69,8 +90,7 @@ class Rollout:
         :return: the thinned rollout
         """
         shuffled = th.randperm(self.n_states, generator=th.Generator().manual_seed(0))
-        thinned = self.select(shuffled[: -(-self.n_states // factor)].sort().values.to(self.actions.device))
-        return replace(thinned, weights=thinned.weights / thinned.weights.sum())
+        return self.sample(shuffled[: -(-self.n_states // factor)].sort().values.to(self.actions.device))
 
     def chunks(self, max_size: int | None) -> list["Rollout"]:
         """

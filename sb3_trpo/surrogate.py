@@ -24,13 +24,13 @@ class Forward(NamedTuple):
 
     :param parts: components of the action distribution
     :param log_prob: log π(a|s) of the actions taken, shape ``(n_states,)``
-    :param entropy: entropy estimate in nats, shape ``(n_states,)``
+    :param entropy: entropy in nats, shape ``(n_states,)``; None where the distribution has no formula for it
     :param calls: calls of the layers that were to be recorded, in order
     """
 
     parts: Components
     log_prob: th.Tensor
-    entropy: th.Tensor
+    entropy: th.Tensor | None
     calls: Sequence[LayerCall] = ()
 
     def detached(self) -> "Forward":
@@ -39,7 +39,7 @@ class Forward(NamedTuple):
 
         :return: the same numbers as constants
         """
-        return Forward(detach(self.parts), self.log_prob.detach(), self.entropy.detach())
+        return Forward(detach(self.parts), self.log_prob.detach(), None if self.entropy is None else self.entropy.detach())
 
 
 def policy_forward(policy: PolicyFunction, rollout: Rollout, layers: Sequence[nn.Module] = ()) -> Forward:
@@ -60,9 +60,7 @@ def policy_forward(policy: PolicyFunction, rollout: Rollout, layers: Sequence[nn
             f"log_prob of {type(distribution).__name__} has shape {tuple(log_prob.shape)}; "
             f"it must be one number a state: {tuple(rollout.advantages.shape)}"
         )
-    entropy = distribution.entropy()
-    # A squashed distribution has no closed form; −log π of the action taken is an unbiased estimate.
-    return Forward(components(distribution), log_prob, -log_prob if entropy is None else entropy, calls)
+    return Forward(components(distribution), log_prob, distribution.entropy(), calls)
 
 
 class Forwards:
@@ -129,22 +127,26 @@ class Forwards:
 
 class Surrogate(Forwards):
     """
-    L(θ) = E[π_θ(a|s) / π_old(a|s) · Â] and D̄_KL(θ_old, θ) = E[KL(π_old(·|s) ‖ π_θ(·|s))] over a rollout.
+    L(θ) = E[π_θ(a|s) / π_old(a|s) · Â] + c E[H(π_θ)] and D̄_KL(θ_old, θ) = E[KL(π_old(·|s) ‖ π_θ(·|s))] over a rollout.
 
-    π_old is the policy as it is when the surrogate is made. Source: Schulman et al. 2015, equation 14.
+    π_old is the policy as it is when the surrogate is made. Source: Schulman et al. 2015, equation 14, where c is 0.
 
     :param policy: observations ↦ SB3 action distribution, at the present θ
     :param chunks: the rollout, cut into pieces
     :param layers: layers whose calls the forward passes with graphs record
+    :param ent_coef: c, the weight of the entropy
     """
 
-    def __init__(self, policy: PolicyFunction, chunks: Sequence[Rollout], layers: Sequence[nn.Module] = ()) -> None:
+    def __init__(
+        self, policy: PolicyFunction, chunks: Sequence[Rollout], layers: Sequence[nn.Module] = (), ent_coef: float = 0.0
+    ) -> None:
         super().__init__(partial(policy_forward, policy), chunks, layers)
+        self._ent_coef = ent_coef
 
     @property
     def entropy(self) -> float:
         """Mean entropy of π_old in nats."""
-        return float(sum(chunk.weights.dot(old.entropy) for chunk, old in zip(self._chunks, self._old, strict=True)))
+        return float(sum(chunk.weights.dot(_entropy(old, old)) for chunk, old in zip(self._chunks, self._old, strict=True)))
 
     def gradient(self, actor: Sequence[th.Tensor]) -> th.Tensor:
         """
@@ -153,7 +155,7 @@ class Surrogate(Forwards):
         :param actor: the parameters θ
         :return: flat gradient, shape ``(n_parameters,)``
         """
-        return self._gradient(_objective, actor)
+        return self._gradient(self._objective, actor)
 
     @th.no_grad()
     def evaluate(self) -> Point:
@@ -166,7 +168,7 @@ class Surrogate(Forwards):
         for chunk, old in zip(self._chunks, self._old, strict=True):
             new = self._forward(chunk, ())
             kl = chunk.weights.dot(joint_kl(old.parts, new.parts))
-            totals += th.stack([_objective(chunk, old, new), kl])
+            totals += th.stack([self._objective(chunk, old, new), kl])
         objective, kl_value = totals.tolist()
         return Point(objective, kl_value)
 
@@ -174,11 +176,27 @@ class Surrogate(Forwards):
         """
         Objective and KL at θ_old, where every ratio is 1.
 
-        :return: E[Â] and 0
+        :return: E[Â] + c E[H(π_old)] and 0
         """
-        return Point(float(sum(chunk.weights.dot(chunk.advantages) for chunk in self._chunks)), 0.0)
+        objective = float(sum(chunk.weights.dot(chunk.advantages) for chunk in self._chunks))
+        return Point(objective + (self._ent_coef * self.entropy if self._ent_coef else 0.0), 0.0)
+
+    @th.no_grad()
+    def ratios(self) -> th.Tensor:
+        """
+        π_θ(a|s) / π_old(a|s) at the present θ.
+
+        :return: ratios, shape ``(n_states,)``
+        """
+        chunks = zip(self._chunks, self._old, strict=True)
+        return th.cat([th.exp(self._forward(chunk, ()).log_prob - old.log_prob) for chunk, old in chunks])
+
+    def _objective(self, chunk: Rollout, old: Forward, new: Forward) -> th.Tensor:
+        ratio = th.exp(new.log_prob - old.log_prob)
+        gain = ratio * chunk.advantages
+        return chunk.weights.dot(gain + self._ent_coef * _entropy(old, new) if self._ent_coef else gain)
 
 
-def _objective(chunk: Rollout, old: Forward, new: Forward) -> th.Tensor:
-    ratio = th.exp(new.log_prob - old.log_prob)
-    return chunk.weights.dot(ratio * chunk.advantages)
+def _entropy(old: Forward, new: Forward) -> th.Tensor:
+    """H(π_θ) in each state; where there is no formula, its estimate −log π_θ(a|s), importance-weighted for a ~ π_old."""
+    return -th.exp(new.log_prob - old.log_prob) * new.log_prob if new.entropy is None else new.entropy

@@ -2,7 +2,9 @@
 
 import io
 import pathlib
+import time
 import warnings
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -14,15 +16,17 @@ from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_trpo.acting import Observations, action_transform, make_actor
+from sb3_trpo.actions import ACTION_BOUNDS, ActionOptionsPolicy, check_action_bound
 from sb3_trpo.checkpoint import saved_attributes
 from sb3_trpo.collect import Truncation, can_defer, complete_buffer, find_truncations, write_step
-from sb3_trpo.conjugate_gradient import Solution, conjugate_gradient
+from sb3_trpo.conjugate_gradient import conjugate_gradient
 from sb3_trpo.critic import CriticFit, fit_gauss_newton, fit_minibatches
 from sb3_trpo.distributions import without_validation
 from sb3_trpo.fisher import FisherOperator
@@ -40,6 +44,7 @@ from sb3_trpo.policies import (
 )
 from sb3_trpo.preconditioner import KroneckerPreconditioner, factored_layers
 from sb3_trpo.rollout import Inputs, Rollout, normalize_advantages, read_rollout
+from sb3_trpo.stats import PolicyStep, UpdateStats
 from sb3_trpo.stepping import make_stepper
 from sb3_trpo.surrogate import Surrogate
 from sb3_trpo.validation import (
@@ -61,6 +66,16 @@ from sb3_trpo.validation import (
 IMAGE_CHUNK = 256  # states in one forward pass where max_batch_size leaves it open: some 100 MB with NatureCNN
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
+
+
+def is_step(step: th.Tensor) -> bool:
+    """
+    Whether there is anywhere to go.
+
+    :param step: change of θ
+    :return: False if it is zero, or not finite
+    """
+    return bool(th.isfinite(step).all()) and bool(step.any())
 
 
 class TRPO(OnPolicyAlgorithm):
@@ -110,6 +125,17 @@ class TRPO(OnPolicyAlgorithm):
     :param critic_cg_max_steps: bound on conjugate gradient iterations in each Gauss-Newton step
     :param max_batch_size: most states in one forward pass of the update, to bound its memory; results stay the same.
         None for all states at once, or 256 with images
+    :param ent_coef: weight of the policy's mean entropy in the objective
+    :param n_policy_updates: steps of the policy on each rollout. All stay in one trust region, around the policy that
+        collected it: each goes for an equal share of the way
+    :param policy_batch_size: most states that the direction of one step is computed from; the rollout is shuffled and cut
+        into equal parts, and each ``n_policy_updates`` goes through all. The line search always uses the whole rollout.
+        None for the whole rollout
+    :param line_search_accept_ratio: least ratio of actual to expected improvement that the line search accepts, in [0, 1]
+    :param cg_warm_start: begin conjugate gradients with the last step's direction
+    :param return_scaling: let the critic predict returns divided by the running standard deviation of all returns so far
+    :param action_bound: ``"clip"`` or ``"tanh"`` to bring Box actions to [-1, 1] so and scale them to the space's bounds; None
+        to clip them to the bounds, as SB3 does
     :raises ValueError: an argument is out of range; the message names it, its value and what is allowed
     """
 
@@ -141,6 +167,13 @@ class TRPO(OnPolicyAlgorithm):
         "n_critic_steps": POSITIVE_INTEGER,
         "critic_cg_max_steps": POSITIVE_INTEGER,
         "max_batch_size": POSITIVE_INTEGER_OR_NONE,
+        "ent_coef": NON_NEGATIVE,
+        "n_policy_updates": POSITIVE_INTEGER,
+        "policy_batch_size": POSITIVE_INTEGER_OR_NONE,
+        "line_search_accept_ratio": UNIT_INTERVAL,
+        "cg_warm_start": BOOLEAN,
+        "return_scaling": BOOLEAN,
+        "action_bound": one_of(*ACTION_BOUNDS, None),
     }
 
     def __init__(
@@ -179,8 +212,15 @@ class TRPO(OnPolicyAlgorithm):
         n_critic_steps: int = 2,
         critic_cg_max_steps: int = 8,
         max_batch_size: int | None = None,
+        ent_coef: float = 0.0,
+        n_policy_updates: int = 1,
+        policy_batch_size: int | None = None,
+        line_search_accept_ratio: float = 0.0,
+        cg_warm_start: bool = False,
+        return_scaling: bool = False,
+        action_bound: str | None = None,
     ) -> None:
-        check_arguments(self.argument_rules, locals())
+        check_arguments(TRPO.argument_rules, locals())
         super().__init__(
             policy,
             env,
@@ -188,7 +228,7 @@ class TRPO(OnPolicyAlgorithm):
             n_steps=n_steps,
             gamma=gamma,
             gae_lambda=gae_lambda,
-            ent_coef=0.0,
+            ent_coef=ent_coef,
             vf_coef=0.0,
             max_grad_norm=0.0,
             use_sde=use_sde,
@@ -220,6 +260,16 @@ class TRPO(OnPolicyAlgorithm):
         self.n_critic_steps = n_critic_steps
         self.critic_cg_max_steps = critic_cg_max_steps
         self.max_batch_size = max_batch_size
+        self.n_policy_updates = n_policy_updates
+        self.policy_batch_size = policy_batch_size
+        self.line_search_accept_ratio = line_search_accept_ratio
+        self.cg_warm_start = cg_warm_start
+        self.return_scaling = return_scaling
+        self.action_bound = action_bound
+        self.return_moments = RunningMeanStd(epsilon=0.0)
+        #: What the latest update did; None before the first.
+        self.last_update: UpdateStats | None = None
+        self._direction = th.zeros(0)  # s of the latest step, kept for `cg_warm_start`
         # Written into every zip: sb3-contrib's TRPO, which averages the KL over action dimensions, has no such mark.
         self.kl_is_joint = True
 
@@ -235,8 +285,24 @@ class TRPO(OnPolicyAlgorithm):
                     f"policy={self.policy_class.__name__} is not allowed: it must be an actor-critic policy "
                     f"with the methods get_distribution and predict_values, and it has no {method}"
                 )
+        if self.action_bound is not None:
+            self._bound_actions(self.action_bound)
         super()._setup_model()
+        if self.return_scaling and not can_defer(self.policy, self.rollout_buffer):
+            raise ValueError(
+                "return_scaling=True is not allowed with a policy that has a forward method of its own, or a rollout buffer "
+                "class of your own: their values could not be scaled"
+            )
         self._set_target_kl_schedule()
+
+    def _bound_actions(self, action_bound: str) -> None:
+        check_action_bound(action_bound, self.action_space)
+        if not issubclass(self.policy_class, ActionOptionsPolicy):
+            raise ValueError(
+                f"policy={self.policy_class.__name__} is not allowed with action_bound={action_bound!r}: "
+                "it must derive from MlpPolicy, CnnPolicy or MultiInputPolicy of sb3_trpo"
+            )
+        self.policy_kwargs["action_bound"] = action_bound
 
     def _set_target_kl_schedule(self) -> None:
         self._target_kl_schedule = FloatSchedule(self.target_kl if callable(self.target_kl) else float(self.target_kl))
@@ -254,6 +320,10 @@ class TRPO(OnPolicyAlgorithm):
         if self.sub_sampling_factor > n_states:
             raise ValueError(
                 f"sub_sampling_factor={self.sub_sampling_factor} is not allowed: it must be at most the rollout's {words}"
+            )
+        if self.policy_batch_size is not None and self.policy_batch_size > n_states:
+            raise ValueError(
+                f"policy_batch_size={self.policy_batch_size} is not allowed: it must be at most the rollout's {words}"
             )
         if n_states % self.batch_size > 0:
             warnings.warn(
@@ -308,43 +378,89 @@ class TRPO(OnPolicyAlgorithm):
             n_steps += 1
 
         last_obs: Observations = new_obs  # type: ignore[assignment]
-        values = complete_buffer(rollout_buffer, self.policy, truncations, last_obs, dones, self._chunk_size)
+        values = complete_buffer(
+            rollout_buffer, self.policy, truncations, last_obs, dones, self._chunk_size, self._value_scale
+        )
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
     @without_validation()
     def train(self) -> None:
-        """One trust-region step of the policy, then the regression of the critic, on the rollout in the buffer."""
+        """Trust-region steps of the policy (one unless asked for more), then the regression of the critic."""
+        started = time.perf_counter()
         # One mode from start to end (dropout off, batch-norm statistics fixed): the one the rollout was collected in.
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
         buffers = Snapshot(self.policy.buffers())
-        target_kl = self._target_kl_schedule(self._current_progress_remaining)  # δ
         rollout = read_rollout(self.rollout_buffer, self.action_space)
         if self.normalize_advantage:
             rollout = normalize_advantages(rollout)
         actor = actor_parameters(self.policy, self._distribution, rollout.select(slice(1)).inputs)  # θ
         layers = factored_layers(self.policy, actor)
 
-        surrogate = Surrogate(self._distribution, rollout.chunks(self._chunk_size), layers)  # L(θ), D̄_KL(θ_old, θ)
-        gradient = surrogate.gradient(actor)  # g
-        curved = self._thinned(surrogate, rollout, layers)
-        fisher = FisherOperator(curved, actor, self.cg_damping, actor_chain(self.policy))  # v ↦ (F + λI) v
-        inverse = self._preconditioner(curved, layers, actor)  # ≈ v ↦ (F + λI)⁻¹ v
-        solution = conjugate_gradient(
-            fisher, gradient, max_iter=self.cg_max_steps, rtol=self.cg_residual_tol, M=inverse
-        )  # s ≈ (F + λI)⁻¹ g
-        curvature = undamped_curvature(solution.curvature, self.cg_damping, float(solution.x.dot(solution.x)))  # sᵀFs
-        step_length = max_step_length(curvature, target_kl)  # β
-        step = step_length * solution.x
-        search = self._search(surrogate, actor, step, target_kl)  # θ_old + αʲβs, or θ_old
-        if search.outcome is not Outcome.ACCEPTED:
-            buffers.restore()
+        surrogate = self._surrogate(rollout, layers)  # L(θ), D̄_KL(θ_old, θ)
+        steps: list[PolicyStep] = []
+        point = surrogate.start()
+        parts = self._parts(rollout.n_states)
+        for part in parts:
+            at_start = part is None and not steps
+            seen, local = (rollout, surrogate) if at_start else self._from_here(surrogate, rollout, part, layers)
+            gradient = local.gradient(actor)  # g
+            curved = self._thinned(local, seen, layers)
+            fisher = FisherOperator(curved, actor, self.cg_damping, actor_chain(self.policy))  # v ↦ (F + λI) v
+            inverse = self._preconditioner(curved, layers, actor)  # ≈ v ↦ (F + λI)⁻¹ v
+            solution = conjugate_gradient(
+                fisher, gradient, max_iter=self.cg_max_steps, rtol=self.cg_residual_tol, M=inverse, x0=self._guess(gradient)
+            )  # s ≈ (F + λI)⁻¹ g
+            curvature = undamped_curvature(solution.curvature, self.cg_damping, float(solution.x.dot(solution.x)))  # sᵀFs
+            length = self._step_length(curvature, len(parts))  # β
+            expected = length * float(gradient.dot(solution.x))
+            search = self._search(surrogate, actor, length * solution.x, point, expected)  # θ + αʲβs, or θ
+            if search.outcome is not Outcome.ACCEPTED:
+                buffers.restore()
+            if self.cg_warm_start:
+                self._direction = solution.x
+            steps.append(PolicyStep(point, float(gradient.norm()), solution, length, expected, search))
+            point = search.point
         critic = self._fit_critic(rollout, actor)
 
         self._n_updates += 1
-        self._record(surrogate, gradient, solution, step_length, search, critic)
+        self._record(steps, critic, surrogate.entropy, time.perf_counter() - started)
+
+    def _surrogate(self, rollout: Rollout, layers: list[nn.Module]) -> Surrogate:
+        return Surrogate(self._distribution, rollout.chunks(self._chunk_size), layers, self.ent_coef)
+
+    def _parts(self, n_states: int) -> list[th.Tensor | None]:
+        """The states that each step of the policy is computed from; None for all."""
+        if self.policy_batch_size is None:
+            return [None] * self.n_policy_updates
+        n_parts = -(-n_states // self.policy_batch_size)
+        return [part for _ in range(self.n_policy_updates) for part in th.randperm(n_states).tensor_split(n_parts)]
+
+    def _from_here(
+        self, surrogate: Surrogate, rollout: Rollout, part: th.Tensor | None, layers: list[nn.Module]
+    ) -> tuple[Rollout, Surrogate]:
+        """The same objective as the present policy sees it, on some of the states."""
+        seen = rollout.reweighted(surrogate.ratios())
+        if part is not None:
+            seen = seen.sample(part.to(seen.actions.device))
+        return seen, self._surrogate(seen, layers)
+
+    def _guess(self, gradient: th.Tensor) -> th.Tensor | None:
+        """Where conjugate gradients begin, if not at zero."""
+        usable = self.cg_warm_start and self._direction.shape == gradient.shape and bool(self._direction.any())
+        return self._direction.to(gradient) if usable else None
+
+    @property
+    def _current_target_kl(self) -> float:
+        """δ at this point of the training."""
+        return self._target_kl_schedule(self._current_progress_remaining)
+
+    @property
+    def _value_scale(self) -> float:
+        """What the critic's outputs are multiplied with to give values."""
+        return float(np.sqrt(self.return_moments.var + 1e-8)) if self.return_scaling else 1.0
 
     @property
     def _chunk_size(self) -> int | None:
@@ -360,9 +476,7 @@ class TRPO(OnPolicyAlgorithm):
         return self.policy.predict_values(inputs).flatten()
 
     def _thinned(self, surrogate: Surrogate, rollout: Rollout, layers: list[nn.Module]) -> Surrogate:
-        if self.sub_sampling_factor == 1:
-            return surrogate
-        return Surrogate(self._distribution, rollout.thin(self.sub_sampling_factor).chunks(self._chunk_size), layers)
+        return surrogate if self.sub_sampling_factor == 1 else self._surrogate(rollout.thin(self.sub_sampling_factor), layers)
 
     def _preconditioner(
         self, surrogate: Surrogate, layers: list[nn.Module], actor: list[nn.Parameter]
@@ -371,32 +485,45 @@ class TRPO(OnPolicyAlgorithm):
             return None
         return KroneckerPreconditioner(surrogate, layers, actor, self.cg_damping)
 
-    def _search(self, surrogate: Surrogate, actor: list[nn.Parameter], step: th.Tensor, target_kl: float) -> Search:
+    def _step_length(self, curvature: float, n_steps: int) -> float:
+        """
+        β of a step. Where several share the trust region, their lengths add up to its radius.
+
+        :param curvature: sᵀFs
+        :param n_steps: number of steps of the update
+        :return: what to multiply s with
+        """
+        return max_step_length(curvature, self._current_target_kl / n_steps**2)
+
+    def _search(
+        self, surrogate: Surrogate, actor: list[nn.Parameter], step: th.Tensor, start: Point, expected: float
+    ) -> Search:
         """
         Move θ along the step as far as the trust region and the objective allow, or leave everything as it was.
 
         :param surrogate: L(θ) and D̄_KL(θ_old, θ)
         :param actor: θ
         :param step: βs, the longest step
-        :param target_kl: δ
+        :param start: L and D̄_KL at the present θ
+        :param expected: βgᵀs, the improvement of L that a linear model expects of the step
         :return: what was done
         """
-        start = surrogate.start()
-        if not (bool(th.isfinite(step).all()) and bool(step.any())):
+        if not is_step(step):
             return Search(Outcome.SKIPPED, 0.0, 0, start)
         before = Snapshot(actor)
-        theta_old = flatten(actor).detach()
+        theta = flatten(actor).detach()
 
         def evaluate(fraction: float) -> Point:
-            assign(actor, theta_old + fraction * step)
+            assign(actor, theta + fraction * step)
             return surrogate.evaluate()
 
         search = backtracking_line_search(
             evaluate,
             start,
-            target_kl=target_kl,
+            target_kl=self._current_target_kl,
             shrink=self.line_search_shrinking_factor,
             max_iter=self.line_search_max_iter,
+            min_improvement=self.line_search_accept_ratio * expected,
         )
         if search.outcome is Outcome.REJECTED:
             before.restore()
@@ -414,6 +541,10 @@ class TRPO(OnPolicyAlgorithm):
         encode, head = value_function(self.policy, critic)
         if encode is not None:
             rollout = rollout.encoded(encode, self._chunk_size)
+        if self.return_scaling:
+            returns = rollout.returns
+            rollout = replace(rollout, returns=returns / self._value_scale)
+            self.return_moments.update(returns.cpu().numpy().astype(np.float64))
         if self.critic_method == "gauss_newton":
             return fit_gauss_newton(
                 head,
@@ -436,38 +567,47 @@ class TRPO(OnPolicyAlgorithm):
             n_epochs=self.n_critic_updates,
         )
 
-    def _record(
-        self,
-        surrogate: Surrogate,
-        gradient: th.Tensor,
-        solution: Solution,
-        step_length: float,
-        search: Search,
-        critic: CriticFit,
-    ) -> None:
-        buffer = self.rollout_buffer
-        step_length *= search.fraction
+    def _record(self, steps: list[PolicyStep], critic: CriticFit, entropy: float, seconds: float) -> None:
+        """
+        Tell the logger, and :attr:`last_update`, what the update did.
+
+        :param steps: steps of the policy
+        :param critic: fit of the critic
+        :param entropy: mean entropy of the policy that collected the rollout, in nats
+        :param seconds: wall-clock time of the update
+        """
+        self.last_update = UpdateStats.of(steps, critic.losses, seconds)
         record = self.logger.record
-        record("train/policy_objective", search.point.objective)
-        record("train/kl_divergence_loss", search.point.kl)
-        record("train/value_loss", critic.value_loss)
+        for name, summary in self.last_update.summaries.items():
+            # Objective and KL are those of the whole update, whatever number of steps it took.
+            is_of_update = name in ("policy_objective", "kl_divergence_loss")
+            record(f"train/{name}", summary.last if is_of_update else summary.mean)
+            if summary.count > 1:
+                for statistic in ("std", "min", "max"):
+                    record(f"train/{name}_{statistic}", getattr(summary, statistic), exclude="stdout")
+        record("time/train_seconds", seconds)
+        buffer = self.rollout_buffer
         record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
-        record("train/is_line_search_success", float(search.outcome is Outcome.ACCEPTED))
-        record("train/line_search", search.outcome.value, exclude="tensorboard")
-        record("train/backtracks", search.backtracks)
-        record("train/step_length", step_length)
-        record("train/expected_improvement", step_length * float(gradient.dot(solution.x)))
-        record("train/actual_improvement", search.point.objective - surrogate.start().objective)
-        record("train/gradient_norm", float(gradient.norm()))
-        record("train/cg_iterations", solution.iterations)
-        record("train/cg_residual", solution.residual)
-        record("train/cg_status", solution.status.value, exclude="tensorboard")
+        self._record_outcomes(steps)
+        record("train/cg_status", steps[-1].solution.status.value, exclude="tensorboard")
         record("train/is_critic_fit_success", float(critic.succeeded))
-        record("train/entropy", surrogate.entropy)
-        record("train/target_kl", self._target_kl_schedule(self._current_progress_remaining))
+        record("train/entropy", entropy)
         if hasattr(self.policy, "log_std"):
             record("train/std", th.exp(self.policy.log_std).mean().item())
         record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _record_outcomes(self, steps: list[PolicyStep]) -> None:
+        accepted = [step.search.outcome is Outcome.ACCEPTED for step in steps]
+        self.logger.record("train/is_line_search_success", float(np.mean(accepted)))
+        self.logger.record("train/line_search", steps[-1].search.outcome.value, exclude="tensorboard")
+        self.logger.record("train/target_kl", self._current_target_kl)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "last_update", "_direction"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, variables = super()._get_torch_save_params()
+        return state_dicts, [*variables, "_direction"] if self.cg_warm_start else variables
 
     def learn(
         self: SelfTRPO,

@@ -45,6 +45,9 @@ POSITIVE = Rule(lambda value: _is_real(value) and value > 0, "a finite number ab
 POSITIVE_OR_SCHEDULE = Rule(
     lambda value: callable(value) or POSITIVE.holds(value), f"{POSITIVE.allowed}, or a schedule progress_remaining -> number"
 )
+POSITIVE_OR_SCHEDULE_OR_NONE = Rule(
+    lambda value: value is None or POSITIVE_OR_SCHEDULE.holds(value), f"{POSITIVE_OR_SCHEDULE.allowed}, or None"
+)
 NON_NEGATIVE_OR_SCHEDULE = Rule(
     lambda value: callable(value) or NON_NEGATIVE.holds(value),
     f"{NON_NEGATIVE.allowed}, or a schedule progress_remaining -> number",

@@ -7,7 +7,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_trpo.parameters import flatten
-from sb3_trpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, actor_parameters, critic_parameters, value_function
+from sb3_trpo.policies import CnnPolicy, MultiInputPolicy, actor_parameters, critic_parameters, value_function
 
 
 def actor_of(case):
@@ -165,7 +165,3 @@ def test_policies_with_extractors_to_learn_keep_actor_and_critic_apart_by_defaul
     critic = critic_parameters(policy, policy.predict_values, inputs, actor)
     extractor = flatten(policy.vf_features_extractor.parameters()).numel()
     assert (sum(p.numel() for p in critic) > extractor) != shared
-
-
-def test_mlp_policy_is_sb3s():
-    assert MlpPolicy is ActorCriticPolicy

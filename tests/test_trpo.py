@@ -67,7 +67,8 @@ class HookedTRPO(TRPO):
         self.before_train(self)
         self.actor_before, self.critic_before = actor_of(self), critic_of(self)
         super().train()
-        self.logs = [*getattr(self, "logs", []), dict(self.logger.name_to_value)]
+        log = {key: value for key, value in self.logger.name_to_value.items() if not key.startswith("time/")}
+        self.logs = [*getattr(self, "logs", []), log]
 
 
 def make(

@@ -21,6 +21,7 @@ TABLE = {
     "NON_NEGATIVE": ([0, 0.0, 1e-300, 5, np.float64(2.0)], [-1e-300, -1, False, NAN, INF, -INF, *NOT_NUMBERS]),
     "POSITIVE": ([1e-300, 5, np.float64(2.0)], [0, 0.0, -0.0, -1, True, NAN, INF, -INF, *NOT_NUMBERS]),
     "POSITIVE_OR_SCHEDULE": ([0.05, math.sqrt], [0, -1.0, True, NAN, INF, *NOT_NUMBERS]),
+    "POSITIVE_OR_SCHEDULE_OR_NONE": ([None, 0.05, math.sqrt], [0, -1.0, True, NAN, INF, "1"]),
     "NON_NEGATIVE_OR_SCHEDULE": ([0, 0.05, math.sqrt], [-1.0, True, NAN, INF, *NOT_NUMBERS]),
 }
 

@@ -1,0 +1,272 @@
+"""What the policy's numbers mean to the environment: bounded actions, and action distributions of the user's own.
+
+Actions are kept, in the rollout buffer too, as the distribution gives them. Bounding them is the last thing that happens
+before the environment sees them, so that no inverse of a saturated tanh is ever needed.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+from torch.distributions import Distribution as TorchDistribution
+from torch.distributions import Independent, TransformedDistribution
+from torch.nn import functional as F
+
+ACTION_BOUNDS = ("clip", "tanh")
+
+DistributionFunction = Callable[[th.Tensor], TorchDistribution]
+SelfUserDistribution = TypeVar("SelfUserDistribution", bound="UserDistribution")
+
+
+def log_tanh_slope(u: th.Tensor) -> th.Tensor:
+    """
+    Log of d tanh(u)/du = 1 − tanh²(u), exact for large u too.
+
+    :param u: anything
+    :return: its logarithms, of the same shape
+    """
+    return 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
+
+
+class TanhGaussianDistribution(DiagGaussianDistribution):
+    """The distribution of a = tanh(u), u Gaussian, given by u: log-probabilities are those of a, in [-1, 1]."""
+
+    def log_prob(self, actions: th.Tensor) -> th.Tensor:
+        """
+        Log-density of a = tanh(u).
+
+        :param actions: u, shape ``(n_states, n_dimensions)``
+        :return: log π(a|s), shape ``(n_states,)``
+        """
+        return super().log_prob(actions) - log_tanh_slope(actions).sum(dim=1)
+
+    def entropy(self) -> None:
+        """There is no formula for it."""
+        return
+
+
+class UserDistribution(Distribution):
+    """
+    A distribution that a function makes from the network's outputs.
+
+    :param dist_fn: outputs, shape ``(n_states, n_outputs)`` ↦ torch distribution, with the states in its first batch dimension
+    :param n_outputs: number of the network's outputs
+    :param is_tanh_bounded: whether log-probabilities are those of the tanh of a sample
+    """
+
+    def __init__(self, dist_fn: DistributionFunction, n_outputs: int, is_tanh_bounded: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dist_fn = dist_fn
+        self.n_outputs = n_outputs
+        self.is_tanh_bounded = is_tanh_bounded
+        self.distribution: TorchDistribution
+
+    def proba_distribution_net(self, latent_dim: int) -> nn.Module:
+        """
+        Make the layer that gives the outputs.
+
+        :param latent_dim: width of the layer before
+        :return: a linear layer
+        """
+        return nn.Linear(latent_dim, self.n_outputs)
+
+    def proba_distribution(self: SelfUserDistribution, outputs: th.Tensor) -> SelfUserDistribution:
+        """
+        Set the outputs.
+
+        :param outputs: of the network, shape ``(n_states, n_outputs)``
+        :return: self
+        :raises ValueError: the function's distribution does not have the states in its first batch dimension
+        """
+        distribution = self.dist_fn(outputs)
+        while isinstance(distribution, Independent):  # the dimensions are summed over here in any case
+            distribution = distribution.base_dist
+        if tuple(distribution.batch_shape[:1]) != (len(outputs),):
+            raise ValueError(
+                f"dist_fn returned {type(distribution).__name__} with batch_shape={tuple(distribution.batch_shape)}; "
+                f"its first dimension must count the {len(outputs)} states"
+            )
+        self.distribution = distribution
+        return self
+
+    def log_prob(self, actions: th.Tensor) -> th.Tensor:
+        """
+        Log-density of the joint action.
+
+        :param actions: as sampled, shape ``(n_states, ...)``
+        :return: log π(a|s), shape ``(n_states,)``
+        """
+        log_prob = _sum_dimensions(self.distribution.log_prob(actions))
+        return log_prob - _sum_dimensions(log_tanh_slope(actions)) if self.is_tanh_bounded else log_prob
+
+    def entropy(self) -> th.Tensor | None:
+        """
+        Entropy of the joint action in nats.
+
+        :return: shape ``(n_states,)``; None where there is no formula for it
+        """
+        try:
+            return None if self.is_tanh_bounded else _sum_dimensions(self.distribution.entropy())
+        except NotImplementedError:
+            return None
+
+    def sample(self) -> th.Tensor:
+        """
+        Sample.
+
+        :return: actions, shape ``(n_states, ...)``
+        """
+        return self.distribution.sample()
+
+    def mode(self) -> th.Tensor:
+        """
+        The most likely action; the mean where there is no formula for it, or no single one.
+
+        :return: actions, shape ``(n_states, ...)``
+        """
+        return _mode(self.distribution)
+
+    def actions_from_params(self, outputs: th.Tensor, deterministic: bool = False) -> th.Tensor:
+        """
+        Set the outputs, and act.
+
+        :param outputs: of the network, shape ``(n_states, n_outputs)``
+        :param deterministic: the mode instead of a sample
+        :return: actions, shape ``(n_states, ...)``
+        """
+        return self.proba_distribution(outputs).get_actions(deterministic)
+
+    def log_prob_from_params(self, outputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Set the outputs, and sample.
+
+        :param outputs: of the network, shape ``(n_states, n_outputs)``
+        :return: actions and their log-probabilities
+        """
+        actions = self.actions_from_params(outputs)
+        return actions, self.log_prob(actions)
+
+
+def _sum_dimensions(tensor: th.Tensor) -> th.Tensor:
+    return tensor.flatten(start_dim=1).sum(dim=1) if tensor.ndim > 1 else tensor
+
+
+def _mode(distribution: TorchDistribution) -> th.Tensor:
+    if isinstance(distribution, TransformedDistribution):
+        mode = _mode(distribution.base_dist)
+        for transform in distribution.transforms:
+            mode = transform(mode)
+        return mode
+    try:
+        mode = distribution.mode
+    except NotImplementedError:
+        return distribution.mean
+    return th.where(mode.isfinite(), mode, distribution.mean)
+
+
+class ActionOptionsPolicy(ActorCriticPolicy):
+    """
+    SB3's actor-critic policy with a choice of action bounds and distributions.
+
+    :param args: as SB3's ``ActorCriticPolicy``
+    :param action_bound: ``"clip"`` or ``"tanh"``: actions are brought to [-1, 1] so, then scaled to the bounds of the space;
+        None to clip them to the bounds of the space, as SB3 does
+    :param dist_fn: makes the action distribution, a torch distribution, from the outputs of the network, shape
+        ``(n_states, n_dist_outputs)``; None for SB3's, by action space. KL(p ‖ q) of its family must be known to torch
+    :param n_dist_outputs: number of the outputs that ``dist_fn`` gets; None for two per action dimension
+    :param kwargs: as SB3's ``ActorCriticPolicy``
+    :raises ValueError: the bound does not fit the action space, or gSDE is used with either
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        action_bound: str | None = None,
+        dist_fn: DistributionFunction | None = None,
+        n_dist_outputs: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # SB3's constructor builds the networks, which depend on these.
+        self.action_bound, self.dist_fn, self.n_dist_outputs = action_bound, dist_fn, n_dist_outputs
+        super().__init__(*args, **kwargs)
+        if action_bound is not None:
+            self._squash_output = True  # what `predict` makes of actions: [-1, 1] to the bounds of the space
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        for name in ("action_bound", "dist_fn"):
+            if self.use_sde and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not allowed with use_sde=True: gSDE has its own distribution"
+                )
+        if self.action_bound is not None:
+            check_action_bound(self.action_bound, self.action_space)
+        is_tanh_bounded = self.action_bound == "tanh"
+        if is_tanh_bounded:
+            self.action_dist = TanhGaussianDistribution(get_action_dim(self.action_space))
+        super()._build(lr_schedule)
+        if self.dist_fn is None:
+            return
+        n_outputs = self.n_dist_outputs or 2 * get_action_dim(self.action_space)
+        self.action_dist = UserDistribution(self.dist_fn, n_outputs, is_tanh_bounded)
+        self.action_net = self.action_dist.proba_distribution_net(self.mlp_extractor.latent_dim_pi)
+        if self.ortho_init:
+            self.init_weights(self.action_net, gain=0.01)
+        if hasattr(self, "log_std"):
+            del self.log_std
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
+        if isinstance(self.action_dist, UserDistribution):
+            return self.action_dist.proba_distribution(self.action_net(latent_pi))
+        return super()._get_action_dist_from_latent(latent_pi)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        own = {"action_bound": self.action_bound, "dist_fn": self.dist_fn, "n_dist_outputs": self.n_dist_outputs}
+        return {**super()._get_constructor_parameters(), **own}
+
+    def bounded(self, actions: th.Tensor) -> th.Tensor:
+        """
+        Bring actions to [-1, 1].
+
+        :param actions: as the distribution gives them, shape ``(n_states, ...)``
+        :return: tanh of them, or clipped; unchanged without ``action_bound``
+        """
+        if self.action_bound is None:
+            return actions
+        return actions.tanh() if self.action_bound == "tanh" else actions.clip(-1.0, 1.0)
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """
+        Bring actions from [-1, 1] to the bounds of the action space, which rounding must not make them leave.
+
+        :param scaled_action: actions in [-1, 1]
+        :return: actions of the environment
+        """
+        assert isinstance(self.action_space, spaces.Box)
+        return np.clip(super().unscale_action(scaled_action), self.action_space.low, self.action_space.high)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self.bounded(super()._predict(observation, deterministic))
+
+
+def check_action_bound(action_bound: str, action_space: spaces.Space[Any]) -> None:
+    """
+    Check that actions can be bounded in a way.
+
+    :param action_bound: the way
+    :param action_space: the environment's action space
+    :raises ValueError: they cannot
+    """
+    words = f"action_bound={action_bound!r} is not allowed"
+    if action_bound not in ACTION_BOUNDS:
+        raise ValueError(f"{words}: it must be {' or '.join(map(repr, ACTION_BOUNDS))}, or None")
+    if not (isinstance(action_space, spaces.Box) and action_space.is_bounded("both")):
+        raise ValueError(f"{words} with the action space {action_space}: it must be a Box with finite bounds")
