@@ -43,7 +43,7 @@ SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
     "16x64": (16, {"n_steps": 64, "target_kl": 0.0125, "batch_size": 1024, "policy_kwargs": {"log_std_init": -0.5}}),
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "gauss_newton": {"critic_method": "gauss_newton", "critic_damping": 0.1, "n_critic_steps": 2},
+    "gauss_newton": {"critic_method": "gauss_newton", "critic_damping": 0.03, "n_critic_steps": 1},
     "minibatch": {"critic_method": "minibatch", "n_critic_updates": 20, "learning_rate": 1e-3},
 }
 N_CURVE_POINTS = 10
