@@ -123,6 +123,7 @@ class TRPO(OnPolicyAlgorithm):
     :param critic_damping: damping of the Gauss-Newton steps; larger is smoother
     :param n_critic_steps: Gauss-Newton steps per update
     :param critic_cg_max_steps: bound on conjugate gradient iterations in each Gauss-Newton step
+    :param critic_cg_residual_tol: their relative tolerance, as ``cg_residual_tol``
     :param max_batch_size: most states in one forward pass of the update, to bound its memory; results stay the same.
         None for all states at once, or 256 with images
     :param ent_coef: weight of the policy's mean entropy in the objective
@@ -166,6 +167,7 @@ class TRPO(OnPolicyAlgorithm):
         "critic_damping": POSITIVE,
         "n_critic_steps": POSITIVE_INTEGER,
         "critic_cg_max_steps": POSITIVE_INTEGER,
+        "critic_cg_residual_tol": NON_NEGATIVE,
         "max_batch_size": POSITIVE_INTEGER_OR_NONE,
         "ent_coef": NON_NEGATIVE,
         "n_policy_updates": POSITIVE_INTEGER,
@@ -205,12 +207,13 @@ class TRPO(OnPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
         *,
-        cg_residual_tol: float = 0.1,
+        cg_residual_tol: float = 0.05,
         cg_preconditioner: str | None = "kfac",
         critic_method: str = "gauss_newton",
         critic_damping: float = 0.03,
         n_critic_steps: int = 1,
         critic_cg_max_steps: int = 8,
+        critic_cg_residual_tol: float = 0.1,
         max_batch_size: int | None = None,
         ent_coef: float = 0.0,
         n_policy_updates: int = 1,
@@ -259,6 +262,7 @@ class TRPO(OnPolicyAlgorithm):
         self.critic_damping = critic_damping
         self.n_critic_steps = n_critic_steps
         self.critic_cg_max_steps = critic_cg_max_steps
+        self.critic_cg_residual_tol = critic_cg_residual_tol
         self.max_batch_size = max_batch_size
         self.n_policy_updates = n_policy_updates
         self.policy_batch_size = policy_batch_size
@@ -555,7 +559,7 @@ class TRPO(OnPolicyAlgorithm):
                 damping=self.critic_damping,
                 n_steps=self.n_critic_steps,
                 cg_max_steps=self.critic_cg_max_steps,
-                cg_residual_tol=self.cg_residual_tol,
+                cg_residual_tol=self.critic_cg_residual_tol,
             )
         return fit_minibatches(
             head,

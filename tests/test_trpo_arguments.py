@@ -40,6 +40,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "critic_damping": NO_POSITIVE_NUMBER,
     "n_critic_steps": NO_COUNT,
     "critic_cg_max_steps": NO_COUNT,
+    "critic_cg_residual_tol": NO_NUMBER_FROM_ZERO,
     "max_batch_size": (0, -1, 1.5, "3", True, NAN),
 }
 
@@ -87,6 +88,7 @@ def test_every_argument_is_kept_under_its_name() -> None:
         "critic_damping": 0.4,
         "n_critic_steps": 3,
         "critic_cg_max_steps": 5,
+        "critic_cg_residual_tol": 0.2,
         "max_batch_size": 7,
     }
     model = TRPO("MlpPolicy", IdentityEnv(2), device="cpu", **arguments)
