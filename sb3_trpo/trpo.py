@@ -452,7 +452,7 @@ class TRPO(OnPolicyAlgorithm):
         self, surrogate: Surrogate, rollout: Rollout, part: th.Tensor | None, layers: list[nn.Module]
     ) -> tuple[Rollout, Surrogate]:
         """The same objective as the present policy sees it, on some of the states."""
-        seen = rollout.reweighted(surrogate.ratios())
+        seen = replace(rollout, ratios=surrogate.ratios())
         if part is not None:
             seen = seen.sample(part.to(seen.actions.device))
         return seen, self._surrogate(seen, layers)
