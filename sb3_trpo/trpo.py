@@ -32,7 +32,7 @@ from sb3_trpo.distributions import without_validation
 from sb3_trpo.fisher import FisherOperator
 from sb3_trpo.line_search import Outcome, Point, Search, backtracking_line_search, max_step_length, undamped_curvature
 from sb3_trpo.mlp import actor_chain, critic_chain
-from sb3_trpo.parameters import Snapshot, assign, flatten
+from sb3_trpo.parameters import Snapshot, all_finite, assign, flatten
 from sb3_trpo.policies import (
     CnnPolicy,
     MlpPolicy,
@@ -554,7 +554,8 @@ class TRPO(OnPolicyAlgorithm):
         if self.return_scaling:
             returns = rollout.returns
             rollout = replace(rollout, returns=returns / self._value_scale)
-            self.return_moments.update(returns.cpu().numpy().astype(np.float64))
+            if all_finite([returns]):
+                self.return_moments.update(returns.cpu().numpy().astype(np.float64))
         if self.critic_method == "gauss_newton":
             return fit_gauss_newton(
                 head,
