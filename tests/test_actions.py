@@ -37,7 +37,6 @@ from sb3_trpo.parameters import flatten
 from sb3_trpo.surrogate import policy_forward
 
 VECTOR = spaces.Box(-2.0, 2.0, (3,))
-#: No bound of these is a power of two away from the others, so that rounding has every chance to leave them.
 ASYMMETRIC = {
     dtype.__name__: spaces.Box(np.array([-0.3, 0.1], dtype), np.array([0.7, 123.456], dtype), dtype=dtype)
     for dtype in (np.float32, np.float64)
@@ -148,9 +147,9 @@ def test_slope_of_tanh_is_autograds() -> None:
 
 
 def test_tanh_log_prob_is_torchs() -> None:
-    loc, scale = th.randn(2, 50, 2, dtype=th.float64).unbind()
+    loc, scale, noise = 0.7 * th.randn(3, 50, 2, dtype=th.float64, generator=th.Generator().manual_seed(0)).clip(-2.0, 2.0)
     base = Normal(loc, scale.exp())
-    u = base.sample()
+    u = (loc + scale.exp() * noise).clip(-5.0, 5.0)  # torch goes back by atanh, which forgets larger ones
     ours = TanhGaussianDistribution(2).proba_distribution(loc, scale)
     expected = TransformedDistribution(base, [TanhTransform()]).log_prob(u.tanh()).sum(dim=1)
     assert ours.log_prob(u).shape == (50,)
@@ -212,6 +211,8 @@ def test_entropy_under_tanh_is_estimated() -> None:
     expected = base.entropy().sum(dim=1).mean() + log_tanh_slope(other).sum(dim=1).mean()
     assert float(-distribution.log_prob(u).mean()) == pytest.approx(float(expected), abs=0.05)
     assert policy.evaluate_actions(inputs, u)[2] is None
+    assert make_policy(action_bound="tanh", dist_fn=state_dependent_normal).get_distribution(inputs).entropy() is None
+    assert make_policy(action_bound="clip").get_distribution(inputs).entropy() is not None
 
 
 # ---- what the environment gets
@@ -230,6 +231,20 @@ def test_actions_are_within_the_bounds_exactly_and_reach_them(action_bound: str,
         assert (actions <= space.high).all()
         assert (actions.min(axis=0) == space.low).all()
         assert (actions.max(axis=0) == space.high).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rounding_does_not_leave_the_bounds(dtype: type[Any]) -> None:
+    """low + ½ (1 + 1) (high − low) need not be high, to the last bit."""
+    low, width = np.random.default_rng(0).uniform(0.1, 10.0, (2, 200)).astype(dtype)
+    space = spaces.Box(-low, width, dtype=dtype)
+    policy = make_policy(space, action_bound="clip")
+    ends = np.stack([np.full(200, -1.0, np.float32), np.full(200, 1.0, np.float32)])
+    assert (ActorCriticPolicy.unscale_action(policy, ends) > space.high).any()
+    actions = policy.unscale_action(ends)
+    assert (actions >= space.low).all()
+    assert (actions <= space.high).all()
+    np.testing.assert_allclose(actions, [space.low, space.high], rtol=1e-5)
 
 
 @pytest.mark.parametrize("action_bound", BOUNDS)
@@ -388,6 +403,19 @@ def test_predictions_are_the_spaces_own(name: str) -> None:
         if isinstance(policy.action_space, spaces.Discrete):
             assert policy.action_space.contains(one), one
         assert policy.action_space.contains(np.asarray(one).astype(policy.action_space.dtype))
+
+
+@by_function
+def test_the_policy_has_no_parameter_without_a_use(name: str) -> None:
+    policy = make_user_policy(name)
+    assert not hasattr(policy, "log_std")
+    held = {id(p) for group in policy.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in policy.parameters()}
+    assert policy.action_net.weight.norm() > 0.0
+    fresh = MlpPolicy(
+        VECTOR, policy.action_space, lambda _: 1e-3, dist_fn=policy.dist_fn, n_dist_outputs=policy.n_dist_outputs
+    )
+    assert float(fresh.action_net.weight.detach().norm(dim=1).max()) == pytest.approx(0.01, rel=1e-4)  # as SB3's first actions
 
 
 def test_mode_of_beta_is_the_formulas() -> None:
@@ -595,7 +623,7 @@ def test_the_users_policy_kwargs_are_left_alone() -> None:
 WRONG_SHAPES: dict[str, tuple[spaces.Space, Callable[[th.Tensor], Any], str]] = {
     "no_states": (VECTOR, lambda z: Normal(z.mean(), 1.0), r"Normal with batch_shape=\(\)"),
     "dimensions_first": (VECTOR, lambda z: Normal(z[:, :3].T, 1.0), r"batch_shape=\(3, 32\)"),
-    "one_event": (spaces.Discrete(2), lambda z: full_normal(z.flatten()[:64].unsqueeze(0)), r"batch_shape=\(1,\) and event"),
+    "one_event": (spaces.Discrete(2), lambda z: MultivariateNormal(z[:, 0], th.eye(len(z))), r"batch_shape=\(\) and event"),
     "too_many_dimensions": (VECTOR, lambda z: Normal(z, 1.0), r"batch_shape=\(32, 6\)"),
     "too_few_dimensions": (VECTOR, lambda z: Normal(z[:, :1], 1.0), r"batch_shape=\(32, 1\)"),
     "flat": (spaces.Box(-1.0, 1.0, (1,)), lambda z: Normal(z[:, 0], z[:, 1].exp()), r"batch_shape=\(32,\)"),
