@@ -5,7 +5,7 @@ before the environment sees them, so that no inverse of a saturated tanh is ever
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,11 +16,21 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
+from torch.distributions import Bernoulli, Independent, TransformedDistribution
 from torch.distributions import Distribution as TorchDistribution
-from torch.distributions import Independent, TransformedDistribution
 from torch.nn import functional as F
 
+from sb3_trpo.validation import POSITIVE_INTEGER_OR_NONE, Rule, check_arguments, one_of
+
 ACTION_BOUNDS = ("clip", "tanh")
+#: The policies' own arguments.
+ACTION_OPTIONS = ("action_bound", "dist_fn", "n_dist_outputs")
+
+OPTION_RULES = {
+    "action_bound": one_of(*ACTION_BOUNDS, None),
+    "dist_fn": Rule(lambda value: value is None or callable(value), "a function outputs -> torch distribution, or None"),
+    "n_dist_outputs": POSITIVE_INTEGER_OR_NONE,
+}
 
 DistributionFunction = Callable[[th.Tensor], TorchDistribution]
 SelfUserDistribution = TypeVar("SelfUserDistribution", bound="UserDistribution")
@@ -59,13 +69,17 @@ class UserDistribution(Distribution):
 
     :param dist_fn: outputs, shape ``(n_states, n_outputs)`` ↦ torch distribution, with the states in its first batch dimension
     :param n_outputs: number of the network's outputs
+    :param action_shape: shape of an action: ``(n_dimensions,)``, or ``()`` for Discrete
     :param is_tanh_bounded: whether log-probabilities are those of the tanh of a sample
     """
 
-    def __init__(self, dist_fn: DistributionFunction, n_outputs: int, is_tanh_bounded: bool) -> None:
+    def __init__(
+        self, dist_fn: DistributionFunction, n_outputs: int, action_shape: tuple[int, ...], is_tanh_bounded: bool
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.dist_fn = dist_fn
         self.n_outputs = n_outputs
+        self.action_shape = action_shape
         self.is_tanh_bounded = is_tanh_bounded
         self.distribution: TorchDistribution
 
@@ -84,15 +98,19 @@ class UserDistribution(Distribution):
 
         :param outputs: of the network, shape ``(n_states, n_outputs)``
         :return: self
-        :raises ValueError: the function's distribution does not have the states in its first batch dimension
+        :raises ValueError: the function's distribution is not one of an action in each state
         """
         distribution = self.dist_fn(outputs)
+        if not isinstance(distribution, TorchDistribution):
+            raise ValueError(f"dist_fn returned a {type(distribution).__name__}; it must be a torch distribution")
         while isinstance(distribution, Independent):  # the dimensions are summed over here in any case
             distribution = distribution.base_dist
-        if tuple(distribution.batch_shape[:1]) != (len(outputs),):
+        batch, event = tuple(distribution.batch_shape), tuple(distribution.event_shape)
+        # Samples of another shape would be broadcast, and every number be wrong.
+        if batch[:1] != (len(outputs),) or batch + event != (len(outputs), *self.action_shape):
             raise ValueError(
-                f"dist_fn returned {type(distribution).__name__} with batch_shape={tuple(distribution.batch_shape)}; "
-                f"its first dimension must count the {len(outputs)} states"
+                f"dist_fn returned {type(distribution).__name__} with batch_shape={batch} and event_shape={event}; the first "
+                f"must begin with the {len(outputs)} states, and both must add up to {(len(outputs), *self.action_shape)}"
             )
         self.distribution = distribution
         return self
@@ -165,11 +183,13 @@ def _mode(distribution: TorchDistribution) -> th.Tensor:
         for transform in distribution.transforms:
             mode = transform(mode)
         return mode
+    if isinstance(distribution, Bernoulli):
+        return distribution.probs.round()  # torch has no mode at 1/2, and the mean is no action
     try:
         mode = distribution.mode
     except NotImplementedError:
         return distribution.mean
-    return th.where(mode.isfinite(), mode, distribution.mean)
+    return th.where(mode.isfinite(), mode, distribution.mean) if mode.is_floating_point() else mode
 
 
 class ActionOptionsPolicy(ActorCriticPolicy):
@@ -183,7 +203,7 @@ class ActionOptionsPolicy(ActorCriticPolicy):
         ``(n_states, n_dist_outputs)``; None for SB3's, by action space. KL(p ‖ q) of its family must be known to torch
     :param n_dist_outputs: number of the outputs that ``dist_fn`` gets; None for two per action dimension
     :param kwargs: as SB3's ``ActorCriticPolicy``
-    :raises ValueError: the bound does not fit the action space, or gSDE is used with either
+    :raises ValueError: an option is out of range, or does not fit the action space or gSDE
     """
 
     def __init__(
@@ -201,13 +221,7 @@ class ActionOptionsPolicy(ActorCriticPolicy):
             self._squash_output = True  # what `predict` makes of actions: [-1, 1] to the bounds of the space
 
     def _build(self, lr_schedule: Schedule) -> None:
-        for name in ("action_bound", "dist_fn"):
-            if self.use_sde and getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not allowed with use_sde=True: gSDE has its own distribution"
-                )
-        if self.action_bound is not None:
-            check_action_bound(self.action_bound, self.action_space)
+        check_action_options(self.action_space, self.use_sde, self._action_options)
         is_tanh_bounded = self.action_bound == "tanh"
         if is_tanh_bounded:
             self.action_dist = TanhGaussianDistribution(get_action_dim(self.action_space))
@@ -215,7 +229,7 @@ class ActionOptionsPolicy(ActorCriticPolicy):
         if self.dist_fn is None:
             return
         n_outputs = self.n_dist_outputs or 2 * get_action_dim(self.action_space)
-        self.action_dist = UserDistribution(self.dist_fn, n_outputs, is_tanh_bounded)
+        self.action_dist = UserDistribution(self.dist_fn, n_outputs, _flat_shape(self.action_space), is_tanh_bounded)
         self.action_net = self.action_dist.proba_distribution_net(self.mlp_extractor.latent_dim_pi)
         if self.ortho_init:
             self.init_weights(self.action_net, gain=0.01)
@@ -229,8 +243,11 @@ class ActionOptionsPolicy(ActorCriticPolicy):
         return super()._get_action_dist_from_latent(latent_pi)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        own = {"action_bound": self.action_bound, "dist_fn": self.dist_fn, "n_dist_outputs": self.n_dist_outputs}
-        return {**super()._get_constructor_parameters(), **own}
+        return {**super()._get_constructor_parameters(), **self._action_options}
+
+    @property
+    def _action_options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ACTION_OPTIONS}
 
     def bounded(self, actions: th.Tensor) -> th.Tensor:
         """
@@ -257,16 +274,29 @@ class ActionOptionsPolicy(ActorCriticPolicy):
         return self.bounded(super()._predict(observation, deterministic))
 
 
-def check_action_bound(action_bound: str, action_space: spaces.Space[Any]) -> None:
+def check_action_options(action_space: spaces.Space[Any], use_sde: bool, options: Mapping[str, Any]) -> None:
     """
-    Check that actions can be bounded in a way.
+    Check that a policy can have the options that it is to have.
 
-    :param action_bound: the way
     :param action_space: the environment's action space
-    :raises ValueError: they cannot
+    :param use_sde: whether it explores with gSDE
+    :param options: its :data:`ACTION_OPTIONS`
+    :raises ValueError: it cannot; the message names the option, its value and what is allowed
     """
-    words = f"action_bound={action_bound!r} is not allowed"
-    if action_bound not in ACTION_BOUNDS:
-        raise ValueError(f"{words}: it must be {' or '.join(map(repr, ACTION_BOUNDS))}, or None")
-    if not (isinstance(action_space, spaces.Box) and action_space.is_bounded("both")):
-        raise ValueError(f"{words} with the action space {action_space}: it must be a Box with finite bounds")
+    check_arguments(OPTION_RULES, options)
+    for name in ("action_bound", "dist_fn"):
+        if use_sde and options[name] is not None:
+            raise ValueError(f"{name}={options[name]!r} is not allowed with use_sde=True: gSDE has its own distribution")
+    if options["dist_fn"] is None and options["n_dist_outputs"] is not None:
+        raise ValueError(f"n_dist_outputs={options['n_dist_outputs']!r} is not allowed without dist_fn")
+    is_bounded = isinstance(action_space, spaces.Box) and action_space.is_bounded("both")
+    if options["action_bound"] is not None and not is_bounded:
+        raise ValueError(
+            f"action_bound={options['action_bound']!r} is not allowed with the action space {action_space}: "
+            "it must be a Box with finite bounds"
+        )
+
+
+def _flat_shape(action_space: spaces.Space[Any]) -> tuple[int, ...]:
+    """Shape of one action as SB3's distributions give it."""
+    return () if isinstance(action_space, spaces.Discrete) else (get_action_dim(action_space),)

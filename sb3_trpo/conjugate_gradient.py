@@ -66,11 +66,15 @@ def conjugate_gradient(
         return Solution(x, status, 0, 1.0, 0.0)
     if x0 is not None:
         Ax0 = A(x0)
-        length = b.dot(x0) / x0.dot(Ax0)
-        if math.isfinite(length):
-            x, r, iterations = length * x0, b - length * Ax0, 1
+        curvature = x0.dot(Ax0)
+        length = b.dot(x0) / curvature
+        if curvature > 0.0 and math.isfinite(length):
+            r = b - length * Ax0
             z = r if M is None else M(r)
             rz = r.dot(z)
+            if not math.isfinite(rz):
+                return Solution(x, Status.NOT_FINITE, 0, 1.0, 0.0)
+            x, iterations = length * x0, 1
 
     p = z
     status, residual = Status.CONVERGED, math.sqrt(max(float(rz), 0.0) / rz_start)

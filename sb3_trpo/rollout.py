@@ -35,6 +35,7 @@ class Rollout:
     :param advantages: Â, shape ``(n_states,)``
     :param returns: R̂, the critic's targets, shape ``(n_states,)``
     :param weights: share of each state in the mean, shape ``(n_states,)``
+    :param ratios: π(a|s) / π_collecting(a|s), shape ``(n_states,)``, where another policy π looks at it; None for all 1
     """
 
     inputs: Inputs
@@ -42,6 +43,7 @@ class Rollout:
     advantages: th.Tensor
     returns: th.Tensor
     weights: th.Tensor
+    ratios: th.Tensor | None = None
 
     def select(self, index: slice | th.Tensor) -> "Rollout":
         """
@@ -51,7 +53,8 @@ class Rollout:
         :return: views of them
         """
         inputs = map_inputs(lambda tensor: tensor[index], self.inputs)
-        return Rollout(inputs, self.actions[index], self.advantages[index], self.returns[index], self.weights[index])
+        ratios = None if self.ratios is None else self.ratios[index]
+        return Rollout(inputs, self.actions[index], self.advantages[index], self.returns[index], self.weights[index], ratios)
 
     @property
     def n_states(self) -> int:
@@ -67,17 +70,6 @@ class Rollout:
         """
         sample = self.select(index)
         return replace(sample, weights=sample.weights / sample.weights.sum())
-
-    def reweighted(self, ratios: th.Tensor) -> "Rollout":
-        """
-        The same states as another policy sees them: Â π/π_old in place of Â.
-
-        Another policy's objective on them is then the one of the policy that collected them: π'/π · Â π/π_old.
-
-        :param ratios: π(a|s) / π_old(a|s), shape ``(n_states,)``
-        :return: the rollout with reweighted advantages
-        """
-        return replace(self, advantages=self.advantages * ratios)
 
     def thin(self, factor: int) -> "Rollout":
         """

@@ -130,6 +130,7 @@ class Surrogate(Forwards):
     L(θ) = E[π_θ(a|s) / π_old(a|s) · Â] + c E[H(π_θ)] and D̄_KL(θ_old, θ) = E[KL(π_old(·|s) ‖ π_θ(·|s))] over a rollout.
 
     π_old is the policy as it is when the surrogate is made. Source: Schulman et al. 2015, equation 14, where c is 0.
+    If another policy has collected the rollout, its ``ratios`` say so, and L is that policy's: π_θ/π_old · π_old/π_collecting.
 
     :param policy: observations ↦ SB3 action distribution, at the present θ
     :param chunks: the rollout, cut into pieces
@@ -146,7 +147,8 @@ class Surrogate(Forwards):
     @property
     def entropy(self) -> float:
         """Mean entropy of π_old in nats."""
-        return float(sum(chunk.weights.dot(_entropy(old, old)) for chunk, old in zip(self._chunks, self._old, strict=True)))
+        chunks = zip(self._chunks, self._old, strict=True)
+        return float(sum(chunk.weights.dot(_entropy(old, _ratio(chunk, old, old))) for chunk, old in chunks))
 
     def gradient(self, actor: Sequence[th.Tensor]) -> th.Tensor:
         """
@@ -174,12 +176,12 @@ class Surrogate(Forwards):
 
     def start(self) -> Point:
         """
-        Objective and KL at θ_old, where every ratio is 1.
+        Objective and KL at θ_old.
 
         :return: E[Â] + c E[H(π_old)] and 0
         """
-        objective = float(sum(chunk.weights.dot(chunk.advantages) for chunk in self._chunks))
-        return Point(objective + (self._ent_coef * self.entropy if self._ent_coef else 0.0), 0.0)
+        chunks = zip(self._chunks, self._old, strict=True)
+        return Point(float(sum(self._objective(chunk, old, old) for chunk, old in chunks)), 0.0)
 
     @th.no_grad()
     def ratios(self) -> th.Tensor:
@@ -192,11 +194,17 @@ class Surrogate(Forwards):
         return th.cat([th.exp(self._forward(chunk, ()).log_prob - old.log_prob) for chunk, old in chunks])
 
     def _objective(self, chunk: Rollout, old: Forward, new: Forward) -> th.Tensor:
-        ratio = th.exp(new.log_prob - old.log_prob)
+        ratio = _ratio(chunk, old, new)
         gain = ratio * chunk.advantages
-        return chunk.weights.dot(gain + self._ent_coef * _entropy(old, new) if self._ent_coef else gain)
+        return chunk.weights.dot(gain + self._ent_coef * _entropy(new, ratio) if self._ent_coef else gain)
 
 
-def _entropy(old: Forward, new: Forward) -> th.Tensor:
-    """H(π_θ) in each state; where there is no formula, its estimate −log π_θ(a|s), importance-weighted for a ~ π_old."""
-    return -th.exp(new.log_prob - old.log_prob) * new.log_prob if new.entropy is None else new.entropy
+def _ratio(chunk: Rollout, old: Forward, new: Forward) -> th.Tensor:
+    """π_θ(a|s) / π_collecting(a|s)."""
+    ratio = th.exp(new.log_prob - old.log_prob)
+    return ratio if chunk.ratios is None else chunk.ratios * ratio
+
+
+def _entropy(new: Forward, ratio: th.Tensor) -> th.Tensor:
+    """H(π_θ) in each state; where there is no formula, its estimate −log π_θ(a|s), importance-weighted."""
+    return -ratio * new.log_prob if new.entropy is None else new.entropy

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_trpo.acting import Observations, action_transform, make_actor
-from sb3_trpo.actions import ACTION_BOUNDS, ActionOptionsPolicy, check_action_bound
+from sb3_trpo.actions import ACTION_BOUNDS, ACTION_OPTIONS, ActionOptionsPolicy, check_action_options
 from sb3_trpo.checkpoint import saved_attributes
 from sb3_trpo.collect import Truncation, can_defer, complete_buffer, find_truncations, write_step
 from sb3_trpo.conjugate_gradient import conjugate_gradient
@@ -32,7 +32,7 @@ from sb3_trpo.distributions import without_validation
 from sb3_trpo.fisher import FisherOperator
 from sb3_trpo.line_search import Outcome, Point, Search, backtracking_line_search, max_step_length, undamped_curvature
 from sb3_trpo.mlp import actor_chain, critic_chain
-from sb3_trpo.parameters import Snapshot, assign, flatten
+from sb3_trpo.parameters import Snapshot, all_finite, assign, flatten
 from sb3_trpo.policies import (
     CnnPolicy,
     MlpPolicy,
@@ -291,22 +291,32 @@ class TRPO(OnPolicyAlgorithm):
                 )
         if self.action_bound is not None:
             self._bound_actions(self.action_bound)
+        if issubclass(self.policy_class, ActionOptionsPolicy):
+            options = {name: self.policy_kwargs.get(name) for name in ACTION_OPTIONS}
+            check_action_options(self.action_space, self.use_sde, options)
         super()._setup_model()
-        if self.return_scaling and not can_defer(self.policy, self.rollout_buffer):
-            raise ValueError(
-                "return_scaling=True is not allowed with a policy that has a forward method of its own, or a rollout buffer "
-                "class of your own: their values could not be scaled"
-            )
+        if not can_defer(self.policy, self.rollout_buffer):
+            self._check_sb3s_loop()
         self._set_target_kl_schedule()
 
     def _bound_actions(self, action_bound: str) -> None:
-        check_action_bound(action_bound, self.action_space)
         if not issubclass(self.policy_class, ActionOptionsPolicy):
             raise ValueError(
                 f"policy={self.policy_class.__name__} is not allowed with action_bound={action_bound!r}: "
                 "it must derive from MlpPolicy, CnnPolicy or MultiInputPolicy of sb3_trpo"
             )
-        self.policy_kwargs["action_bound"] = action_bound
+        other = self.policy_kwargs.get("action_bound", action_bound)
+        if other != action_bound:
+            raise ValueError(f"action_bound={action_bound!r} is not allowed with policy_kwargs['action_bound']={other!r}")
+        self.policy_kwargs = {**self.policy_kwargs, "action_bound": action_bound}
+
+    def _check_sb3s_loop(self) -> None:
+        """SB3's loop, which collects where ours cannot, knows neither scaled values nor tanh-bounded actions."""
+        words = "is not allowed with a policy that has a forward method of its own, or a rollout buffer class of your own"
+        if self.return_scaling:
+            raise ValueError(f"return_scaling=True {words}: their values could not be scaled")
+        if getattr(self.policy, "action_bound", None) == "tanh":
+            raise ValueError(f"action_bound='tanh' {words}: their actions could not be bounded; 'clip' is allowed")
 
     def _set_target_kl_schedule(self) -> None:
         self._target_kl_schedule = FloatSchedule(self.target_kl if callable(self.target_kl) else float(self.target_kl))
@@ -446,7 +456,7 @@ class TRPO(OnPolicyAlgorithm):
         self, surrogate: Surrogate, rollout: Rollout, part: th.Tensor | None, layers: list[nn.Module]
     ) -> tuple[Rollout, Surrogate]:
         """The same objective as the present policy sees it, on some of the states."""
-        seen = rollout.reweighted(surrogate.ratios())
+        seen = replace(rollout, ratios=surrogate.ratios())
         if part is not None:
             seen = seen.sample(part.to(seen.actions.device))
         return seen, self._surrogate(seen, layers)
@@ -548,7 +558,8 @@ class TRPO(OnPolicyAlgorithm):
         if self.return_scaling:
             returns = rollout.returns
             rollout = replace(rollout, returns=returns / self._value_scale)
-            self.return_moments.update(returns.cpu().numpy().astype(np.float64))
+            if all_finite([returns]):
+                self.return_moments.update(returns.cpu().numpy().astype(np.float64))
         if self.critic_method == "gauss_newton":
             return fit_gauss_newton(
                 head,

@@ -178,6 +178,8 @@ CASES: dict[str, tuple[spaces.Space, spaces.Space, dict[str, Any]]] = {
     "normalize_dict": (DICT, BOX, {"normalize": {"norm_obs_keys": ["place"]}}),
     "chunks": (VECTOR, BOX, {"max_batch_size": 7}),
     "chunks_dict": (DICT, spaces.MultiDiscrete([3, 2]), {"max_batch_size": 1}),
+    "clip": (VECTOR, spaces.Box(-0.5, 1.5, (2,)), {"action_bound": "clip"}),
+    "scaled_values": (VECTOR, BOX, {"return_scaling": True}),
     "no_discount": (VECTOR, BOX, {"gamma": 1.0, "gae_lambda": 1.0}),
 }
 
@@ -244,6 +246,25 @@ def test_truncated_rewards_hold_the_value_of_the_last_observation():
     expected = recorder.copies[0]["rewards"] + 0.5 * values * truncated
     np.testing.assert_allclose(model.rollout_buffer.rewards[0], expected, atol=1e-6)
     np.testing.assert_allclose(model.rollout_buffer.returns[0], expected, atol=1e-6)
+
+
+def test_values_are_scaled_wherever_they_come_from():
+    """Values, bootstraps of truncated episodes and of the end: as SB3 has them of a critic that is so many times as large."""
+    scaled, large = make_model("scaled_values"), make_model("box")
+    scale = 7.0
+    scaled.return_moments.var = np.float64(scale**2 - 1e-8)
+    with th.no_grad():
+        large.policy.value_net.weight.mul_(scale)
+        large.policy.value_net.bias.mul_(scale)
+    recorder, expected_recorder = Recorder(), Recorder()
+    th.manual_seed(3)
+    (filled,) = collect(scaled, TRPO.collect_rollouts, 1, recorder)
+    th.manual_seed(3)
+    (expected,) = collect(large, TRPO.collect_rollouts, 1, expected_recorder)
+    assert any(info["TimeLimit.truncated"] for step in recorder.steps for info in step["infos"])
+    for name, array in expected.items():
+        np.testing.assert_allclose(filled[name], array, rtol=1e-4, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(recorder.ends[0]["values"], expected_recorder.ends[0]["values"], rtol=1e-4)
 
 
 def test_an_episode_that_ends_in_the_step_of_its_limit_is_not_bootstrapped():

@@ -124,3 +124,62 @@ def test_good_point_at_the_last_try_counts():
 def test_nothing_improves_on_a_start_that_is_not_finite(start):
     result = backtracking_line_search(lambda _: GOOD, start, target_kl=TARGET_KL, shrink=0.5, max_iter=2)
     assert result.outcome is Outcome.REJECTED
+
+
+# ---- least improvement
+
+
+def search_from(start, points, *, max_iter=10, **kwargs):
+    remaining = iter(points)
+    fractions = []
+
+    def evaluate(fraction):
+        fractions.append(fraction)
+        return next(remaining)
+
+    return backtracking_line_search(evaluate, start, target_kl=TARGET_KL, shrink=0.5, max_iter=max_iter, **kwargs), fractions
+
+
+def test_improvement_must_reach_its_least_in_proportion_to_the_fraction():
+    """Of 1 at the full step, that is 0.5 at half of it, and 0.25 at a quarter; equality is enough."""
+    points = [Point(1.9, 0.05), Point(1.49, 0.05), Point(1.25, 0.05)]
+    result, fractions = search_from(START, points, min_improvement=1.0)
+    assert result == Search(Outcome.ACCEPTED, 0.25, 2, points[-1])
+    assert fractions == [1.0, 0.5, 0.25]
+    assert search_from(START, [Point(2.0, 0.05)], min_improvement=1.0)[0].backtracks == 0
+    assert search_from(START, [Point(1.9, 0.05)], min_improvement=0.0)[0].backtracks == 0
+
+
+@pytest.mark.parametrize("min_improvement", [0.0, -1.0, -math.inf])
+def test_improvement_is_above_zero_whatever_its_least(min_improvement):
+    result, _ = search_from(START, [Point(1.0, 0.05), Point(0.9, 0.05), GOOD], min_improvement=min_improvement)
+    assert result == Search(Outcome.ACCEPTED, 0.25, 2, GOOD)
+
+
+@pytest.mark.parametrize("min_improvement", [NAN, INF])
+def test_nothing_reaches_a_least_improvement_that_is_not_finite(min_improvement):
+    assert search_from(START, [GOOD] * 3, max_iter=3, min_improvement=min_improvement)[0].outcome is Outcome.REJECTED
+
+
+# ---- starts inside the trust region
+
+
+def test_boundary_of_a_quadratic_kl_from_a_start_inside_the_region():
+    """0.02 of 0.1 is used up: a KL that grows by fraction² from there to 0.34 has 0.08 of 0.32 left, half of the step."""
+    start = Point(1.0, 0.02)
+    result, fractions = search_from(start, [Point(2.0, 0.34), GOOD])
+    assert fractions == pytest.approx([1.0, 0.99 * 0.5])
+    assert result == Search(Outcome.ACCEPTED, fractions[1], 1, GOOD)
+
+
+def test_start_on_the_boundary_may_still_move_inside():
+    start = Point(1.0, TARGET_KL)
+    assert search_from(start, [Point(1.2, 0.09)])[0].outcome is Outcome.ACCEPTED
+    result, fractions = search_from(start, [OUTSIDE, start, start], max_iter=3)
+    assert result == Search(Outcome.REJECTED, 0.0, 3, start)
+    assert fractions == [1.0, 0.0, 0.0]
+
+
+def test_rejected_search_reports_where_it_started():
+    start = Point(1.5, 0.03)
+    assert search_from(start, [Point(1.4, 0.05)] * 2, max_iter=2)[0] == Search(Outcome.REJECTED, 0.0, 2, start)

@@ -236,3 +236,27 @@ def test_spread_of_rounding_errors_is_no_information():
 def test_small_but_real_spread_is_scaled_up():
     advantages = th.tensor([0.0, 1.0, -1.0, 0.0]) * 1e-4
     assert float(normalize_advantages(make_rollout(advantages)).advantages.std()) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_sample_has_weights_that_stand_for_the_whole():
+    weights = th.arange(1.0, 6.0, dtype=th.float64) / 15
+    rollout = make_rollout([0.0, 1.0, 2.0, 3.0, 4.0], weights=weights)
+    sample = rollout.sample(th.tensor([4, 1]))
+    assert sample.inputs["double"].tolist() == [8, 2]
+    assert sample.actions.tolist() == [12, 3]
+    assert sample.advantages.tolist() == [4.0, 1.0]
+    assert sample.weights.tolist() == pytest.approx([5 / 7, 2 / 7], abs=1e-15)
+    assert rollout.weights is weights
+
+
+def test_ratios_go_with_their_states():
+    rollout = make_rollout(th.arange(5.0))
+    assert rollout.ratios is None
+    assert rollout.select(slice(2)).ratios is None
+    ratios = th.arange(5.0) + 0.5
+    seen = replace(rollout, ratios=ratios)
+    assert seen.select(slice(1, 4, 2)).ratios.tolist() == [1.5, 3.5]
+    assert seen.sample(th.tensor([3, 0])).ratios.tolist() == [3.5, 0.5]
+    assert th.cat([chunk.ratios for chunk in seen.chunks(2)]).tolist() == ratios.tolist()
+    assert seen.thin(2).ratios.tolist() == (seen.thin(2).inputs["index"] + 0.5).tolist()
+    assert normalize_advantages(seen).ratios is ratios

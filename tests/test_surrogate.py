@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch as th
@@ -227,3 +229,113 @@ def test_log_prob_of_each_dimension_is_refused(make_case):
         ValueError, match=r"LogProbOfEachDimension has shape \(12, 2\); it must be one number a state: \(12,\)"
     ):
         case.surrogate()
+
+
+# ---- entropy bonus
+
+C = 0.7
+
+
+def with_entropy(case, chunk_size=None, rollout=None):
+    return Surrogate(case.distribution, (case.rollout if rollout is None else rollout).chunks(chunk_size), ent_coef=C)
+
+
+def objective_by_hand(case, old_log_prob, ratios=None):
+    """E[ratio Â] + c E[H], by SB3's distribution; where it has no entropy, by −log π, weighted with the ratio."""
+    rollout = case.rollout
+    distribution = case.distribution(rollout.inputs)
+    log_prob = distribution.log_prob(rollout.actions)
+    ratio = (log_prob - old_log_prob).exp() * (1.0 if ratios is None else ratios)
+    entropy = distribution.entropy()
+    bonus = -ratio * log_prob if entropy is None else entropy
+    return (rollout.weights * (ratio * rollout.advantages + C * bonus)).sum()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_gradient_and_objective_with_an_entropy_bonus(case, chunk_size):
+    weigh_unevenly(case)
+    case.differentiate_everything()
+    surrogate = with_entropy(case, chunk_size)
+    old_log_prob, _ = evaluate_actions(case)
+    expected = flatten(th.autograd.grad(objective_by_hand(case, old_log_prob), case.actor))
+    th.testing.assert_close(surrogate.gradient(case.actor), expected, atol=1e-12, rtol=1e-10)
+    assert (expected - case.surrogate().gradient(case.actor)).norm() > 1e-2 * expected.norm()
+    start = surrogate.start()
+    assert start.objective == pytest.approx(objective_by_hand(case, old_log_prob).item(), rel=1e-12)
+    assert start.objective == pytest.approx(case.surrogate().start().objective + C * surrogate.entropy, rel=1e-12)
+    assert start == surrogate.evaluate()._replace(kl=0.0)
+    move(case)
+    assert surrogate.evaluate().objective == pytest.approx(objective_by_hand(case, old_log_prob).item(), rel=1e-10)
+    assert surrogate.evaluate().kl > 1e-3
+
+
+def test_gradient_and_objective_with_an_entropy_bonus_of_users_own(user_case):
+    surrogate = with_entropy(user_case)
+    old_log_prob, _ = evaluate_actions(user_case)
+    expected = flatten(th.autograd.grad(objective_by_hand(user_case, old_log_prob), user_case.actor))
+    th.testing.assert_close(surrogate.gradient(user_case.actor), expected, atol=1e-12, rtol=1e-10)
+    move(user_case)
+    assert surrogate.evaluate().objective == pytest.approx(objective_by_hand(user_case, old_log_prob).item(), rel=1e-10)
+
+
+def test_estimated_bonus_is_the_gradient_of_the_entropy_in_the_mean():
+    """H = log σ + const of a Gaussian that keeps its entropy to itself; −π/π_old log π in the mean of many actions."""
+    n = 100_000
+    rate = nn.Parameter(th.zeros(1, dtype=th.float64))
+    noise = th.randn(n, 1, dtype=th.float64, generator=th.Generator().manual_seed(0))
+
+    class NoFormula(DiagGaussianDistribution):
+        def entropy(self):
+            return None
+
+    def policy(inputs):
+        return NoFormula(1).proba_distribution(th.zeros(len(inputs), 1, dtype=th.float64), rate)
+
+    zeros = th.zeros(n, dtype=th.float64)
+    rollout = Rollout(noise, noise, zeros, zeros, th.full((n,), 1.0 / n, dtype=th.float64))
+    surrogate = Surrogate(policy, rollout.chunks(None), ent_coef=1.0)
+    assert surrogate.gradient([rate]).item() == pytest.approx(1.0, abs=0.05)
+    with th.no_grad():
+        rate += 0.1
+    assert surrogate.evaluate().objective - surrogate.start().objective == pytest.approx(0.1, abs=0.01)
+
+
+def test_no_entropy_is_asked_for_without_a_bonus(make_case):
+    case = make_case("box")
+    weigh_unevenly(case)
+    plain, zero = case.surrogate(), Surrogate(case.distribution, case.rollout.chunks(None), ent_coef=0.0)
+    assert th.equal(plain.gradient(case.actor), zero.gradient(case.actor))
+    assert plain.start() == zero.start()
+
+
+# ---- ratios
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_ratios_are_those_of_the_present_policy(case, chunk_size):
+    surrogate = case.surrogate(chunk_size)
+    assert surrogate.ratios().tolist() == [1.0] * case.rollout.n_states
+    old_log_prob, _ = evaluate_actions(case)
+    move(case)
+    new_log_prob, _ = evaluate_actions(case)
+    ratios = surrogate.ratios()
+    assert not ratios.requires_grad
+    th.testing.assert_close(ratios, (new_log_prob - old_log_prob).exp(), atol=0.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_another_policys_objective_is_the_collecting_policys(case, chunk_size):
+    """Made at θ_1 with the ratios of θ_1, L and ∇L are those of θ_old's surrogate, everywhere."""
+    weigh_unevenly(case)
+    case.differentiate_everything()
+    first = with_entropy(case)
+    old_log_prob, _ = evaluate_actions(case)
+    move(case)
+    second = with_entropy(case, chunk_size, replace(case.rollout, ratios=first.ratios()))
+    expected = flatten(th.autograd.grad(objective_by_hand(case, old_log_prob), case.actor))
+    th.testing.assert_close(second.gradient(case.actor), expected, atol=1e-12, rtol=1e-9)
+    assert second.start().objective == pytest.approx(first.evaluate().objective, rel=1e-12)
+    assert second.start().kl == 0.0
+    move(case)
+    assert second.evaluate().objective == pytest.approx(first.evaluate().objective, rel=1e-10)
+    assert second.evaluate().kl != pytest.approx(first.evaluate().kl, rel=1e-2)

@@ -42,6 +42,13 @@ BAD: dict[str, tuple[Any, ...]] = {
     "critic_cg_max_steps": NO_COUNT,
     "critic_cg_residual_tol": NO_NUMBER_FROM_ZERO,
     "max_batch_size": (0, -1, 1.5, "3", True, NAN),
+    "ent_coef": NO_NUMBER_FROM_ZERO,
+    "n_policy_updates": NO_COUNT,
+    "policy_batch_size": (0, -1, 1.5, "3", True, NAN),
+    "line_search_accept_ratio": NO_FRACTION,
+    "cg_warm_start": (None, 1, 0, "yes"),
+    "return_scaling": (None, 1, 0, "yes"),
+    "action_bound": ("", "Tanh", "scale", True, 0),
 }
 
 
@@ -90,6 +97,12 @@ def test_every_argument_is_kept_under_its_name() -> None:
         "critic_cg_max_steps": 5,
         "critic_cg_residual_tol": 0.2,
         "max_batch_size": 7,
+        "ent_coef": 0.01,
+        "n_policy_updates": 2,
+        "policy_batch_size": 5,
+        "line_search_accept_ratio": 0.1,
+        "cg_warm_start": True,
+        "return_scaling": True,
     }
     model = TRPO("MlpPolicy", IdentityEnv(2), device="cpu", **arguments)
 
@@ -116,6 +129,9 @@ def test_a_bad_argument_is_refused_before_an_environment_is_made(name: str, valu
         {"cg_max_steps": 1, "line_search_max_iter": 1, "n_critic_updates": 1, "line_search_shrinking_factor": 1e-3},
         {"n_critic_steps": 1, "critic_cg_max_steps": 1, "max_batch_size": 1},
         {"sub_sampling_factor": 8},
+        {"ent_coef": 0, "n_policy_updates": 1, "policy_batch_size": 8, "line_search_accept_ratio": 0},
+        {"ent_coef": np.float32(0.5), "n_policy_updates": np.int64(2), "policy_batch_size": 1, "line_search_accept_ratio": 1},
+        {"policy_batch_size": 3, "sub_sampling_factor": 8},
     ],
 )
 def test_limits_and_numpy_numbers_are_allowed(arguments: dict[str, Any]) -> None:
