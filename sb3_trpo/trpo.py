@@ -1,7 +1,5 @@
 """Trust Region Policy Optimization as a Stable-Baselines3 algorithm."""
 
-import io
-import pathlib
 import warnings
 from typing import Any, ClassVar, TypeVar
 
@@ -11,7 +9,6 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -20,12 +17,14 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_trpo.acting import Observations, action_transform, make_actor
-from sb3_trpo.checkpoint import saved_attributes
+from sb3_trpo.archive import Attributes
+from sb3_trpo.checkpoint import SavedAlgorithm
 from sb3_trpo.collect import Truncation, can_defer, complete_buffer, find_truncations, write_step
 from sb3_trpo.conjugate_gradient import Solution, conjugate_gradient
 from sb3_trpo.critic import CriticFit, fit_gauss_newton, fit_minibatches
 from sb3_trpo.distributions import without_validation
 from sb3_trpo.fisher import FisherOperator
+from sb3_trpo.guards import StepGuard, UpdateGuard, check_buffer
 from sb3_trpo.line_search import Outcome, Point, Search, backtracking_line_search, max_step_length, undamped_curvature
 from sb3_trpo.mlp import actor_chain, critic_chain
 from sb3_trpo.parameters import Snapshot, assign, flatten
@@ -63,7 +62,7 @@ IMAGE_CHUNK = 256  # states in one forward pass where max_batch_size leaves it o
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
 
 
-class TRPO(OnPolicyAlgorithm):
+class TRPO(SavedAlgorithm):
     """
     Trust Region Policy Optimization (TRPO).
 
@@ -142,6 +141,10 @@ class TRPO(OnPolicyAlgorithm):
         "critic_cg_max_steps": POSITIVE_INTEGER,
         "max_batch_size": POSITIVE_INTEGER_OR_NONE,
     }
+
+    #: Training ends with an error after so many updates in a row that came to a NaN or an infinity, and were undone.
+    max_failed_updates: int = 10
+    _failed_updates: int = 0
 
     def __init__(
         self,
@@ -279,14 +282,18 @@ class TRPO(OnPolicyAlgorithm):
         :return: False if the callback stopped the training
         """
         if not can_defer(self.policy, rollout_buffer):
-            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            start = self.num_timesteps
+            finished = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            check_buffer(rollout_buffer, start)
+            return finished
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         truncations: list[Truncation] = []
         callback.on_rollout_start()
         act = make_actor(self.policy, n_rollout_steps, env.num_envs, self.sde_sample_freq)
         to_env = action_transform(self.policy)
-        step = make_stepper(env)
+        check = StepGuard(self._last_obs, self.num_timesteps)  # type: ignore[arg-type]
+        step = make_stepper(env, check)
 
         n_steps = 0
         while n_steps < n_rollout_steps:
@@ -307,6 +314,7 @@ class TRPO(OnPolicyAlgorithm):
             self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
             n_steps += 1
 
+        check.check_truncations(truncations)
         last_obs: Observations = new_obs  # type: ignore[assignment]
         values = complete_buffer(rollout_buffer, self.policy, truncations, last_obs, dones, self._chunk_size)
         callback.update_locals(locals())
@@ -319,7 +327,7 @@ class TRPO(OnPolicyAlgorithm):
         # One mode from start to end (dropout off, batch-norm statistics fixed): the one the rollout was collected in.
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
-        buffers = Snapshot(self.policy.buffers())
+        buffers, guard = Snapshot(self.policy.buffers()), UpdateGuard(self.policy)
         target_kl = self._target_kl_schedule(self._current_progress_remaining)  # δ
         rollout = read_rollout(self.rollout_buffer, self.action_space)
         if self.normalize_advantage:
@@ -343,8 +351,10 @@ class TRPO(OnPolicyAlgorithm):
             buffers.restore()
         critic = self._fit_critic(rollout, actor)
 
+        self._failed_updates = guard.count(self._failed_updates, gradient, solution, search, critic)
         self._n_updates += 1
         self._record(surrogate, gradient, solution, step_length, search, critic)
+        guard.stop_after(self._failed_updates, self.max_failed_updates)
 
     @property
     def _chunk_size(self) -> int | None:
@@ -463,6 +473,7 @@ class TRPO(OnPolicyAlgorithm):
         record("train/cg_residual", solution.residual)
         record("train/cg_status", solution.status.value, exclude="tensorboard")
         record("train/is_critic_fit_success", float(critic.succeeded))
+        record("train/failed_updates", self._failed_updates)
         record("train/entropy", surrogate.entropy)
         record("train/target_kl", self._target_kl_schedule(self._current_progress_remaining))
         if hasattr(self.policy, "log_std"):
@@ -491,37 +502,9 @@ class TRPO(OnPolicyAlgorithm):
         """
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
-    @classmethod
-    def load(
-        cls: type[SelfTRPO],
-        path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> SelfTRPO:
-        """
-        Load a model that this class, or sb3-contrib's TRPO, has saved.
-
-        A model of sb3-contrib keeps its parameters and optimizer state. Its ``target_kl`` and ``cg_damping`` refer to a
-        KL averaged over action dimensions; they are multiplied by the number of dimensions, with a warning that says so.
-
-        :param path: file, with or without ``.zip``, or file object
-        :param env: environment to go on with; None if predictions are all that is needed
-        :param device: device of the networks
-        :param custom_objects: attribute name ↦ object to use instead of the saved one
-        :param print_system_info: print the versions that saved the file, and the present ones
-        :param force_reset: reset the environment before training goes on
-        :param kwargs: attributes to change, by name
-        :return: the model
-        """
-        joint = "kl_is_joint" in saved_attributes(path)
-        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        if not joint:
-            model._convert_kl(keep={*kwargs, *(custom_objects or ())})
-        return model
+    def _loaded(self, attributes: Attributes, keep: set[str]) -> None:
+        if "kl_is_joint" not in attributes.names:
+            self._convert_kl(keep)
 
     def _convert_kl(self, keep: set[str]) -> None:
         """Make arguments that refer to a KL averaged over action dimensions refer to the joint KL."""
@@ -535,5 +518,5 @@ class TRPO(OnPolicyAlgorithm):
         warnings.warn(
             "the file is from sb3-contrib, whose KL is averaged over action dimensions; "
             f"converted to the joint KL of {dimensions} dimension(s): {', '.join(changes) or 'nothing to change'}",
-            stacklevel=3,
+            stacklevel=4,
         )
