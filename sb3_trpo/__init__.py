@@ -5,6 +5,7 @@ from pathlib import Path
 from sb3_trpo.callbacks import CheckpointCallback, latest_checkpoint
 from sb3_trpo.env_state import ResumableEnv
 from sb3_trpo.errors import CorruptCheckpointError, NonFiniteError, UntrustedFileError, WorkerError
+from sb3_trpo.export import export_onnx
 from sb3_trpo.normalizer import load_vec_normalize, save_vec_normalize
 from sb3_trpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_trpo.trpo import TRPO
@@ -25,6 +26,7 @@ __all__ = [
     "WatchedSubprocVecEnv",
     "WorkerError",
     "__version__",
+    "export_onnx",
     "latest_checkpoint",
     "load_vec_normalize",
     "save_vec_normalize",

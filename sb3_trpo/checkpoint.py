@@ -23,7 +23,8 @@ from sb3_trpo.archive import ABOUT, Archive, Attributes, check_parameters, read_
 from sb3_trpo.atomic import atomic_write
 from sb3_trpo.env_state import StateUnavailableError, capture_all, capture_wrappers, restore_all, restore_wrappers
 from sb3_trpo.errors import CorruptCheckpointError, Source, UntrustedFileError, name_of
-from sb3_trpo.normalizer import STATISTICS, pack_statistics, warn_of_mismatch
+from sb3_trpo.guards import StepGuard, kept_statistics
+from sb3_trpo.normalizer import STATISTICS, pack_statistics, read_statistics, warn_of_mismatch
 from sb3_trpo.random_state import random_state, set_random_state, unchanged_random_state
 from sb3_trpo.signals import release_signals
 from sb3_trpo.unpickling import RefusedError, restricted_loads
@@ -208,8 +209,8 @@ class SavedAlgorithm(OnPolicyAlgorithm):
                 raise CorruptCheckpointError(path, "data", f"it does not make a model ({error!r})") from error
         model._loaded(attributes, keep={*kwargs, *(custom_objects or ())})
         if isinstance(env, VecEnv) and about:
-            statistics = archive.read(STATISTICS) if about.get("vec_normalize") else None
-            warn_of_mismatch(statistics, model.get_vec_normalize_env())
+            statistics = read_statistics(archive, path)
+            warn_of_mismatch(statistics and statistics[1], model.get_vec_normalize_env())
         return model
 
     def _loaded(self, attributes: Attributes, keep: set[str]) -> None:
@@ -334,7 +335,10 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        with kept_statistics(self.env):
+            result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+            if self.env is not None:
+                StepGuard(self.env, self.num_timesteps).check_start(self._last_obs)
         if reset_num_timesteps:
             self._iterations_before = 0
         elif self._pending_log is not None:

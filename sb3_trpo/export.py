@@ -15,6 +15,7 @@ from torch import nn
 
 from sb3_trpo.atomic import atomic_write
 from sb3_trpo.checkpoint import SavedAlgorithm
+from sb3_trpo.distributions import without_validation
 
 
 def export_onnx(model: SavedAlgorithm, path: str | pathlib.Path) -> None:
@@ -41,10 +42,10 @@ def export_onnx(model: SavedAlgorithm, path: str | pathlib.Path) -> None:
     # A batch of one would be taken for the batch of all.
     example = tuple(th.as_tensor(np.stack([sample, sample]), device=policy.device) for sample in samples)
     batch = th.export.Dim("batch")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, without_validation():
         scratch = pathlib.Path(folder) / "policy.onnx"
         th.onnx.export(
-            _Deterministic(policy, model.get_vec_normalize_env(), names),
+            _Deterministic(policy, model.get_vec_normalize_env(), names).eval(),
             example,
             scratch,
             input_names=names,

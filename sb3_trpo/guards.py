@@ -1,20 +1,26 @@
 """The doors where bad numbers come in: what environments return, and what an update computes."""
 
+import copy
+import functools
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, unwrap_vec_normalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from torch import nn
 
-from sb3_trpo.acting import Observations
 from sb3_trpo.collect import Truncation
 from sb3_trpo.conjugate_gradient import Solution, Status
 from sb3_trpo.critic import CriticFit
 from sb3_trpo.errors import NonFiniteError
 from sb3_trpo.line_search import Outcome, Search
 from sb3_trpo.parameters import Snapshot, all_finite
+
+Collect = TypeVar("Collect", bound=Callable[..., bool])
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -32,17 +38,16 @@ def is_finite(array: np.ndarray) -> bool:
 
 class StepGuard:
     """
-    Checks what the environments return, step by step.
+    Checks what the environments return, step by step, before ``VecNormalize`` scales it.
 
-    :param observations: those that the rollout begins with
+    :param env: the vectorised environment
     :param num_timesteps: environment steps before the rollout
-    :raises NonFiniteError: an observation is not finite
     """
 
-    def __init__(self, observations: Observations, num_timesteps: int) -> None:
+    def __init__(self, env: VecEnv, num_timesteps: int) -> None:
+        self._normalizer = unwrap_vec_normalize(env)
         self._num_timesteps = num_timesteps
-        self._step = -1
-        self._check("observation", observations)
+        self.step = -1
 
     def __call__(self, observations: Any, rewards: np.ndarray) -> None:
         """
@@ -52,11 +57,22 @@ class StepGuard:
         :param rewards: shape ``(n_envs,)``
         :raises NonFiniteError: one of them is not finite; names the environment and the step
         """
-        self._step += 1
+        self.step += 1
+        if self._normalizer is not None:
+            observations, rewards = self._normalizer.old_obs, self._normalizer.old_reward
         if not is_finite(rewards):
             self._check("reward", rewards)
         if not (isinstance(observations, np.ndarray) and is_finite(observations)):
             self._check("observation", observations)
+
+    def check_start(self, observations: Any) -> None:
+        """
+        Check the observations that the rollout begins with.
+
+        :param observations: one for each environment
+        :raises NonFiniteError: one of them is not finite; names the environment
+        """
+        self._check("observation", observations if self._normalizer is None else self._normalizer.old_obs)
 
     def check_truncations(self, truncations: list[Truncation]) -> None:
         """
@@ -65,40 +81,94 @@ class StepGuard:
         :param truncations: the truncated episodes
         :raises NonFiniteError: an observation is not finite; names the environment and the step
         """
-        for self._step, env, observation in truncations:
+        for self.step, env, observation in truncations:
             self._check("last observation", observation, env)
 
     def _check(self, what: str, values: Any, env: int | None = None) -> None:
-        for key, array in values.items() if isinstance(values, dict) else [(None, values)]:
-            array = np.asarray(array)
+        for key, value in values.items() if isinstance(values, dict) else [(None, values)]:
+            array = np.asarray(value)
             if is_finite(array):
                 continue
             where = np.argwhere(~np.isfinite(array))[0].tolist()
-            value = array[tuple(where)]
+            number = array[tuple(where)]
             env = where.pop(0) if env is None else env
             label = f"{what}{'' if key is None else f' {key!r}'}{f' (element {where})' if where else ''}"
-            step = "before the first step" if self._step < 0 else f"at step {self._step}"
+            step = "before the first step" if self.step < 0 else f"at step {self.step}"
             raise NonFiniteError(
-                f"{label} of environment {env} is {value} {step} of the rollout that began at num_timesteps="
+                f"{label} of environment {env} is {number} {step} of the rollout that began at num_timesteps="
                 f"{self._num_timesteps}; no update was made from it"
             )
 
 
-def check_buffer(buffer: RolloutBuffer, num_timesteps: int) -> None:
+class GuardedVecEnv(VecEnvWrapper):
     """
-    Check a rollout that SB3's own loop has collected.
+    A vectorised environment whose steps are checked, for SB3's own loop.
 
-    :param buffer: the buffer
-    :param num_timesteps: environment steps before the rollout
-    :raises NonFiniteError: an observation or a reward is not finite; names the environment and the step
+    :param venv: the environment
+    :param check: the checks
     """
-    observations: Any = buffer.observations
-    keyed = observations.items() if isinstance(observations, dict) else [(None, observations)]
-    if is_finite(buffer.rewards) and all(is_finite(array) for _, array in keyed):
-        return
-    guard = StepGuard({}, num_timesteps)
-    for step, rewards in enumerate(buffer.rewards):
-        guard({key: array[step] for key, array in keyed} if isinstance(observations, dict) else observations[step], rewards)
+
+    def __init__(self, venv: VecEnv, check: StepGuard) -> None:
+        super().__init__(venv)
+        self._check = check
+
+    def reset(self) -> VecEnvObs:
+        """
+        Begin new episodes.
+
+        :return: their first observations
+        """
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """
+        Wait for the step.
+
+        :return: as the environment inside
+        :raises NonFiniteError: an observation or a reward is not finite
+        """
+        result = self.venv.step_wait()
+        self._check(result[0], result[1])
+        for env in np.flatnonzero(result[2]):
+            observation = result[3][env].get("terminal_observation")
+            if observation is not None:
+                self._check.check_truncations([Truncation(self._check.step, int(env), observation)])
+        return result
+
+
+@contextmanager
+def kept_statistics(env: VecEnv | None) -> Iterator[None]:
+    """
+    Should a number turn out not to be finite inside, give ``VecNormalize`` the statistics back that it has had before.
+
+    :param env: the vectorised environment
+    :return: context manager
+    """
+    normalizer = None if env is None else unwrap_vec_normalize(env)
+    names = [name for name in ("obs_rms", "ret_rms", "returns") if hasattr(normalizer, name)]
+    before = copy.deepcopy({name: getattr(normalizer, name) for name in names})
+    try:
+        yield
+    except NonFiniteError:
+        if normalizer is not None:
+            vars(normalizer).update(before)
+        raise
+
+
+def keeps_statistics(collect: Collect) -> Collect:
+    """
+    Make a method that collects a rollout take the statistics of ``VecNormalize`` back where the rollout cannot be used.
+
+    :param collect: the method, whose first argument is the vectorised environment
+    :return: the method
+    """
+
+    @functools.wraps(collect)
+    def method(algorithm: Any, env: VecEnv, *args: Any, **kwargs: Any) -> bool:
+        with kept_statistics(env):
+            return collect(algorithm, env, *args, **kwargs)
+
+    return cast("Collect", method)
 
 
 class UpdateGuard:

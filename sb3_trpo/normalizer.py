@@ -54,15 +54,25 @@ def _unpack(contents: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return json.loads(str(arrays.pop("settings"))), arrays
 
 
-def set_statistics(normalizer: VecNormalize, contents: bytes) -> None:
+def read_statistics(archive: Archive, path: Source) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
     """
-    Give a wrapper the statistics that another has had.
+    Settings and statistics in a model's file.
 
-    :param normalizer: the wrapper, made with the same settings
-    :param contents: as :func:`pack_statistics` gives them
-    :raises ValueError: the statistics do not fit
+    :param archive: the file
+    :param path: what to call it
+    :return: settings and arrays, by name; None if the model was trained without ``VecNormalize``
+    :raises CorruptCheckpointError: they are damaged
     """
-    _, arrays = _unpack(contents)
+    if not archive.read_json(ABOUT).get("vec_normalize"):
+        return None
+    contents = archive.read(STATISTICS)
+    try:
+        return _unpack(contents)
+    except Exception as error:
+        raise CorruptCheckpointError(path, STATISTICS, error) from error
+
+
+def _set_statistics(normalizer: VecNormalize, arrays: dict[str, np.ndarray]) -> None:
     for name, rms in _running_moments(normalizer).items():
         for moment in MOMENTS:
             value = arrays[f"{name}/{moment}"]
@@ -71,21 +81,21 @@ def set_statistics(normalizer: VecNormalize, contents: bytes) -> None:
             setattr(rms, moment, value if value.shape else value[()])
 
 
-def warn_of_mismatch(contents: bytes | None, normalizer: VecNormalize | None) -> None:
+def warn_of_mismatch(saved: dict[str, np.ndarray] | None, normalizer: VecNormalize | None) -> None:
     """
     Warn of an environment that is not normalised as the one in which the model was trained.
 
-    :param contents: the statistics in the model's file; None if it was trained without
+    :param saved: the statistics in the model's file; None if it was trained without
     :param normalizer: the wrapper of the new environment; None if it has none
     """
-    if contents is None and normalizer is None:
+    if saved is None and normalizer is None:
         return
-    if contents is None:
+    if saved is None:
         difference = "the model was trained without VecNormalize, and the environment has it"
     elif normalizer is None:
         difference = "the model was trained with VecNormalize, and the environment does not have it"
     else:
-        saved, present = _unpack(contents)[1], _unpack(pack_statistics(normalizer))[1]
+        present = _unpack(pack_statistics(normalizer))[1]
         if saved.keys() == present.keys() and all(np.array_equal(saved[name], present[name]) for name in saved):
             return
         difference = "the statistics of the environment's VecNormalize are not those that were saved with the model"
@@ -135,12 +145,12 @@ def load_vec_normalize(path: Source, venv: VecEnv, trust: bool = False) -> VecNo
 
 
 def _from_model(archive: Archive, path: Source, venv: VecEnv) -> VecNormalize:
-    if not archive.read_json(ABOUT).get("vec_normalize"):
+    statistics = read_statistics(archive, path)
+    if statistics is None:
         raise CorruptCheckpointError(path, STATISTICS, "the model was trained without VecNormalize")
-    contents = archive.read(STATISTICS)
     try:
-        normalizer = VecNormalize(venv, **_unpack(contents)[0])
-        set_statistics(normalizer, contents)
+        normalizer = VecNormalize(venv, **statistics[0])
+        _set_statistics(normalizer, statistics[1])
     except Exception as error:
         raise CorruptCheckpointError(path, STATISTICS, error) from error
     return normalizer

@@ -8,7 +8,7 @@ left alone.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ParamSpec
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
@@ -17,23 +17,19 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
-Check = Callable[[Any, np.ndarray], None]
-P = ParamSpec("P")
 
-
-def make_stepper(env: VecEnv, check: Check | None = None) -> Callable[[np.ndarray], VecEnvStepReturn]:
+def make_stepper(env: VecEnv) -> Callable[[np.ndarray], VecEnvStepReturn]:
     """
     The leanest way to step an environment.
 
     Info dictionaries are then copied one level deep, which is enough for an environment that makes a new one each step.
 
     :param env: any vectorised environment
-    :param check: called with the observations and rewards of each step, if possible before ``VecNormalize`` sees them
     :return: actions ↦ what ``env.step`` returns for them
     """
-    wait = _lean_wait(env, check)
+    wait = _lean_wait(env)
     if wait is None:
-        return env.step if check is None else _checked(env.step, check)
+        return env.step
 
     def step(actions: np.ndarray) -> VecEnvStepReturn:
         env.step_async(actions)
@@ -42,27 +38,15 @@ def make_stepper(env: VecEnv, check: Check | None = None) -> Callable[[np.ndarra
     return step
 
 
-def _lean_wait(layer: VecEnv, check: Check | None) -> Callable[[], VecEnvStepReturn] | None:
+def _lean_wait(layer: VecEnv) -> Callable[[], VecEnvStepReturn] | None:
     """Find the lean counterpart of a layer's ``step_wait``, if it is of a class, and as its class made it, that has one."""
     if not {"step", "step_async", "step_wait"}.isdisjoint(vars(layer)):
         return None
     if type(layer) is DummyVecEnv:
-        return _checked(partial(step_dummy, layer), check)
+        return partial(step_dummy, layer)
     if type(layer) is VecNormalize and not isinstance(layer.observation_space, spaces.Dict):
-        return partial(step_normalize, layer, _lean_wait(layer.venv, check) or _checked(layer.venv.step_wait, check))
+        return partial(step_normalize, layer, _lean_wait(layer.venv) or layer.venv.step_wait)
     return None
-
-
-def _checked(function: Callable[P, VecEnvStepReturn], check: Check | None) -> Callable[P, VecEnvStepReturn]:
-    if check is None:
-        return function
-
-    def checked(*args: P.args, **kwargs: P.kwargs) -> VecEnvStepReturn:
-        result = function(*args, **kwargs)
-        check(result[0], result[1])
-        return result
-
-    return checked
 
 
 def step_dummy(env: DummyVecEnv) -> VecEnvStepReturn:

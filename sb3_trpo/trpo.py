@@ -24,7 +24,7 @@ from sb3_trpo.conjugate_gradient import Solution, conjugate_gradient
 from sb3_trpo.critic import CriticFit, fit_gauss_newton, fit_minibatches
 from sb3_trpo.distributions import without_validation
 from sb3_trpo.fisher import FisherOperator
-from sb3_trpo.guards import StepGuard, UpdateGuard, check_buffer
+from sb3_trpo.guards import GuardedVecEnv, StepGuard, UpdateGuard, keeps_statistics
 from sb3_trpo.line_search import Outcome, Point, Search, backtracking_line_search, max_step_length, undamped_curvature
 from sb3_trpo.mlp import actor_chain, critic_chain
 from sb3_trpo.parameters import Snapshot, assign, flatten
@@ -265,6 +265,7 @@ class TRPO(SavedAlgorithm):
                 stacklevel=3,
             )
 
+    @keeps_statistics
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
@@ -281,19 +282,16 @@ class TRPO(SavedAlgorithm):
         :param n_rollout_steps: steps to take in each environment
         :return: False if the callback stopped the training
         """
+        check = StepGuard(env, self.num_timesteps)
         if not can_defer(self.policy, rollout_buffer):
-            start = self.num_timesteps
-            finished = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-            check_buffer(rollout_buffer, start)
-            return finished
+            return super().collect_rollouts(GuardedVecEnv(env, check), callback, rollout_buffer, n_rollout_steps)
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         truncations: list[Truncation] = []
         callback.on_rollout_start()
         act = make_actor(self.policy, n_rollout_steps, env.num_envs, self.sde_sample_freq)
         to_env = action_transform(self.policy)
-        check = StepGuard(self._last_obs, self.num_timesteps)  # type: ignore[arg-type]
-        step = make_stepper(env, check)
+        step = make_stepper(env)
 
         n_steps = 0
         while n_steps < n_rollout_steps:
@@ -302,6 +300,7 @@ class TRPO(SavedAlgorithm):
             actions = act(obs, n_steps)
             clipped_actions = to_env(actions)
             new_obs, rewards, dones, infos = step(clipped_actions)
+            check(new_obs, rewards)
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
             if not callback.on_step():

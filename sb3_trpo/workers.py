@@ -4,7 +4,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -125,8 +125,12 @@ class _Watched:
 
     def recv(self) -> Any:
         try:
-            if not self._connection.poll(self._venv.seconds_left()):
+            # Not all start methods close the connection of a process that has died.
+            process = self._venv.processes[self._index]
+            if not wait([self._connection, process.sentinel], self._venv.seconds_left()):
                 raise self._venv.fail(self._index, f"did not answer within {self._venv.timeout} seconds")
+            if not self._connection.poll():
+                raise self._died()
             answer = self._connection.recv()
         except GONE as error:
             raise self._died() from error
