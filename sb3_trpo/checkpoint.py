@@ -32,7 +32,6 @@ from sb3_trpo.unpickling import RefusedError, restricted_loads
 RESUME = "sb3_trpo_resume.pkl"
 #: An attribute by which a file of SB3 or sb3-contrib can be told, for they do not say whose it is; the first that is there.
 MARKS = {
-    "n_quantiles": "QRDQN",
     "top_quantiles_to_drop_per_net": "TQC",
     "delta_std": "ARS",
     "exploration_fraction": "DQN",

@@ -6,6 +6,7 @@ the file's author. Names with dots, nested pickles, ``getattr`` and the like are
 """
 
 import io
+import pathlib
 import pickle
 import random
 import sys
@@ -100,6 +101,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "numpy.random._pickle.__randomstate_ctor": _random_state,
     "numpy.random.bit_generator.__pyx_unpickle_SeedSequence": _seed_sequence,
     "random.Random": random.Random,
+    "pathlib.PosixPath": pathlib.Path,
+    "pathlib.WindowsPath": pathlib.Path,
+    "pathlib._local.PosixPath": pathlib.Path,
+    "pathlib._local.WindowsPath": pathlib.Path,
     "collections.deque": deque,
     "collections.OrderedDict": OrderedDict,
     "builtins.set": set,

@@ -25,6 +25,7 @@ import torch as th
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_trpo import (
@@ -138,7 +139,7 @@ def test_a_function_needs_trust_or_a_replacement(tmp_path: Path) -> None:
 
 
 def test_a_class_of_the_users_own_needs_trust(tmp_path: Path) -> None:
-    class Extractor(sb3_contrib.common.recurrent.policies.FlattenExtractor):  # type: ignore[name-defined]
+    class Extractor(FlattenExtractor):
         pass
 
     make(policy_kwargs={"features_extractor_class": Extractor}).save(tmp_path / "model")
@@ -185,13 +186,13 @@ def test_numpys_data_types_cannot_be_changed() -> None:
     ],
 )
 def test_a_small_pickle_cannot_ask_for_much_memory(bomb: bytes) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (2**36, hard))
     try:
         with pytest.raises((pickle.UnpicklingError, TypeError, IndexError)):
             restricted_loads(bomb)
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @pytest.mark.parametrize("member", ["policy.pth", "policy.optimizer.pth", "another.pth"])
@@ -242,7 +243,7 @@ def test_an_ordinary_normalizer_is_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_ordinary_files_need_no_trust(algorithm: type[Any], env: str, tmp_path: Path) -> None:
     kwargs = {"activation_fn": th.nn.ReLU, "optimizer_class": th.optim.RMSprop, "net_arch": {"pi": [8], "vf": [4]}}
-    model = make(algorithm, env, policy_kwargs=kwargs, use_sde=env == "Pendulum-v1")
+    model = make(algorithm, env, policy_kwargs=kwargs, use_sde=env == "Pendulum-v1", tensorboard_log=tmp_path)
     model.learn(N_STEPS).save(tmp_path / "model")
 
     with warnings.catch_warnings():
@@ -292,6 +293,7 @@ def test_a_full_disk_leaves_the_old_file(what: str, tmp_path: Path) -> None:
     }
     save[what]()
     before = listing(tmp_path)
+    model.learn(N_STEPS)  # so that the new file would be another
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then the system says EFBIG
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, hard))

@@ -100,6 +100,7 @@ def assert_same_model(first: TRPO, second: TRPO) -> None:
         assert th.equal(a, b) if isinstance(a, th.Tensor) else a == b
     for name in ("num_timesteps", "_total_timesteps", "_n_updates", "_current_progress_remaining"):
         assert getattr(first, name) == getattr(second, name), name
+    assert first.action_space.sample() == pytest.approx(second.action_space.sample())
     for x, y in zip(first.ep_info_buffer, second.ep_info_buffer, strict=True):
         assert (x["r"], x["l"]) == (y["r"], y["l"])
     one, two = first.get_vec_normalize_env(), second.get_vec_normalize_env()
@@ -122,6 +123,7 @@ def scramble() -> None:
 
 def assert_resumes(make_one: Callable[[], TRPO], env: Callable[[], VecEnv], path: Path, **kwargs: Any) -> TRPO:
     whole = make_one()
+    whole.action_space.sample()
     rows = run(whole, Writes(path, before=3))
     scramble()
     with warnings.catch_warnings():
