@@ -9,8 +9,8 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, unwrap_vec_normalize
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from torch import nn
 
 from sb3_trpo.collect import Truncation
@@ -100,40 +100,31 @@ class StepGuard:
             )
 
 
-class GuardedVecEnv(VecEnvWrapper):
+@contextmanager
+def checked_steps(env: VecEnv, check: StepGuard) -> Iterator[None]:
     """
-    A vectorised environment whose steps are checked, for SB3's own loop.
+    Check an environment's steps inside, for SB3's own loop, whose callbacks are to find the environment itself.
 
-    :param venv: the environment
+    :param env: the vectorised environment
     :param check: the checks
+    :return: context manager
     """
+    own, wait = vars(env).get("step_wait"), env.step_wait
 
-    def __init__(self, venv: VecEnv, check: StepGuard) -> None:
-        super().__init__(venv)
-        self._check = check
+    def checked_wait() -> VecEnvStepReturn:
+        observations, rewards, dones, infos = wait()
+        check(observations, rewards)
+        last = [(int(index), infos[index].get("terminal_observation")) for index in np.flatnonzero(dones)]
+        check.check_truncations([Truncation(check.step, index, obs) for index, obs in last if obs is not None])
+        return observations, rewards, dones, infos
 
-    def reset(self) -> VecEnvObs:
-        """
-        Begin new episodes.
-
-        :return: their first observations
-        """
-        return self.venv.reset()
-
-    def step_wait(self) -> VecEnvStepReturn:
-        """
-        Wait for the step.
-
-        :return: as the environment inside
-        :raises NonFiniteError: an observation or a reward is not finite
-        """
-        result = self.venv.step_wait()
-        self._check(result[0], result[1])
-        for env in np.flatnonzero(result[2]):
-            observation = result[3][env].get("terminal_observation")
-            if observation is not None:
-                self._check.check_truncations([Truncation(self._check.step, int(env), observation)])
-        return result
+    env.step_wait = checked_wait  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del env.step_wait
+        if own is not None:
+            env.step_wait = own  # type: ignore[method-assign]
 
 
 @contextmanager

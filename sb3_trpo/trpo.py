@@ -24,7 +24,7 @@ from sb3_trpo.conjugate_gradient import Solution, conjugate_gradient
 from sb3_trpo.critic import CriticFit, fit_gauss_newton, fit_minibatches
 from sb3_trpo.distributions import without_validation
 from sb3_trpo.fisher import FisherOperator
-from sb3_trpo.guards import GuardedVecEnv, StepGuard, UpdateGuard, keeps_statistics
+from sb3_trpo.guards import StepGuard, UpdateGuard, checked_steps, keeps_statistics
 from sb3_trpo.line_search import Outcome, Point, Search, backtracking_line_search, max_step_length, undamped_curvature
 from sb3_trpo.mlp import actor_chain, critic_chain
 from sb3_trpo.parameters import Snapshot, assign, flatten
@@ -284,7 +284,8 @@ class TRPO(SavedAlgorithm):
         """
         check = StepGuard(env, self.num_timesteps)
         if not can_defer(self.policy, rollout_buffer):
-            return super().collect_rollouts(GuardedVecEnv(env, check), callback, rollout_buffer, n_rollout_steps)
+            with checked_steps(env, check):
+                return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         truncations: list[Truncation] = []
