@@ -1,7 +1,5 @@
 """Trust Region Policy Optimization as a Stable-Baselines3 algorithm."""
 
-import io
-import pathlib
 import time
 import warnings
 from dataclasses import replace
@@ -13,7 +11,6 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.running_mean_std import RunningMeanStd
@@ -24,12 +21,14 @@ from torch import nn
 
 from sb3_trpo.acting import Observations, action_transform, make_actor
 from sb3_trpo.actions import ACTION_BOUNDS, ACTION_OPTIONS, ActionOptionsPolicy, check_action_options
-from sb3_trpo.checkpoint import saved_attributes
+from sb3_trpo.archive import Attributes
+from sb3_trpo.checkpoint import SavedAlgorithm
 from sb3_trpo.collect import Truncation, can_defer, complete_buffer, find_truncations, write_step
 from sb3_trpo.conjugate_gradient import conjugate_gradient
 from sb3_trpo.critic import CriticFit, fit_gauss_newton, fit_minibatches
 from sb3_trpo.distributions import without_validation
 from sb3_trpo.fisher import FisherOperator
+from sb3_trpo.guards import StepGuard, UpdateGuard, checked_steps, keeps_statistics
 from sb3_trpo.line_search import Outcome, Point, Search, backtracking_line_search, max_step_length, undamped_curvature
 from sb3_trpo.mlp import actor_chain, critic_chain
 from sb3_trpo.parameters import Snapshot, all_finite, assign, flatten
@@ -78,7 +77,7 @@ def is_step(step: th.Tensor) -> bool:
     return bool(th.isfinite(step).all()) and bool(step.any())
 
 
-class TRPO(OnPolicyAlgorithm):
+class TRPO(SavedAlgorithm):
     """
     Trust Region Policy Optimization (TRPO).
 
@@ -177,6 +176,10 @@ class TRPO(OnPolicyAlgorithm):
         "return_scaling": BOOLEAN,
         "action_bound": one_of(*ACTION_BOUNDS, None),
     }
+
+    #: Training ends with an error after so many updates in a row that came to a NaN or an infinity, and were undone.
+    max_failed_updates: int = 10
+    _failed_updates: int = 0
 
     def __init__(
         self,
@@ -346,6 +349,7 @@ class TRPO(OnPolicyAlgorithm):
                 stacklevel=3,
             )
 
+    @keeps_statistics
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
@@ -362,8 +366,10 @@ class TRPO(OnPolicyAlgorithm):
         :param n_rollout_steps: steps to take in each environment
         :return: False if the callback stopped the training
         """
+        check = StepGuard(env, self.num_timesteps)
         if not can_defer(self.policy, rollout_buffer):
-            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            with checked_steps(env, check):
+                return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         truncations: list[Truncation] = []
@@ -379,6 +385,7 @@ class TRPO(OnPolicyAlgorithm):
             actions = act(obs, n_steps)
             clipped_actions = to_env(actions)
             new_obs, rewards, dones, infos = step(clipped_actions)
+            check(new_obs, rewards)
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
             if not callback.on_step():
@@ -391,6 +398,7 @@ class TRPO(OnPolicyAlgorithm):
             self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
             n_steps += 1
 
+        check.check_truncations(truncations)
         last_obs: Observations = new_obs  # type: ignore[assignment]
         values = complete_buffer(
             rollout_buffer, self.policy, truncations, last_obs, dones, self._chunk_size, self._value_scale
@@ -406,7 +414,7 @@ class TRPO(OnPolicyAlgorithm):
         # One mode from start to end (dropout off, batch-norm statistics fixed): the one the rollout was collected in.
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
-        buffers = Snapshot(self.policy.buffers())
+        buffers, guard = Snapshot(self.policy.buffers()), UpdateGuard(self.policy)
         rollout = read_rollout(self.rollout_buffer, self.action_space)
         if self.normalize_advantage:
             rollout = normalize_advantages(rollout)
@@ -439,8 +447,10 @@ class TRPO(OnPolicyAlgorithm):
             point = search.point
         critic = self._fit_critic(rollout, actor)
 
+        self._failed_updates = guard.count(self._failed_updates, steps, critic)
         self._n_updates += 1
         self._record(steps, critic, surrogate.entropy, time.perf_counter() - started)
+        guard.stop_after(self._failed_updates, self.max_failed_updates)
 
     def _surrogate(self, rollout: Rollout, layers: list[nn.Module]) -> Surrogate:
         return Surrogate(self._distribution, rollout.chunks(self._chunk_size), layers, self.ent_coef)
@@ -606,6 +616,7 @@ class TRPO(OnPolicyAlgorithm):
         self._record_outcomes(steps)
         record("train/cg_status", steps[-1].solution.status.value, exclude="tensorboard")
         record("train/is_critic_fit_success", float(critic.succeeded))
+        record("train/failed_updates", self._failed_updates)
         record("train/entropy", entropy)
         if hasattr(self.policy, "log_std"):
             record("train/std", th.exp(self.policy.log_std).mean().item())
@@ -646,37 +657,9 @@ class TRPO(OnPolicyAlgorithm):
         """
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
-    @classmethod
-    def load(
-        cls: type[SelfTRPO],
-        path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> SelfTRPO:
-        """
-        Load a model that this class, or sb3-contrib's TRPO, has saved.
-
-        A model of sb3-contrib keeps its parameters and optimizer state. Its ``target_kl`` and ``cg_damping`` refer to a
-        KL averaged over action dimensions; they are multiplied by the number of dimensions, with a warning that says so.
-
-        :param path: file, with or without ``.zip``, or file object
-        :param env: environment to go on with; None if predictions are all that is needed
-        :param device: device of the networks
-        :param custom_objects: attribute name ↦ object to use instead of the saved one
-        :param print_system_info: print the versions that saved the file, and the present ones
-        :param force_reset: reset the environment before training goes on
-        :param kwargs: attributes to change, by name
-        :return: the model
-        """
-        joint = "kl_is_joint" in saved_attributes(path)
-        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        if not joint:
-            model._convert_kl(keep={*kwargs, *(custom_objects or ())})
-        return model
+    def _loaded(self, attributes: Attributes, keep: set[str]) -> None:
+        if "kl_is_joint" not in attributes.names:
+            self._convert_kl(keep)
 
     def _convert_kl(self, keep: set[str]) -> None:
         """Make arguments that refer to a KL averaged over action dimensions refer to the joint KL."""
@@ -690,5 +673,5 @@ class TRPO(OnPolicyAlgorithm):
         warnings.warn(
             "the file is from sb3-contrib, whose KL is averaged over action dimensions; "
             f"converted to the joint KL of {dimensions} dimension(s): {', '.join(changes) or 'nothing to change'}",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -532,7 +532,7 @@ def test_a_policy_saved_alone_keeps_its_options(kwargs: dict[str, Any], tmp_path
 def test_a_saved_model_keeps_its_options_and_trains_on(kwargs: dict[str, Any], tmp_path: Path) -> None:
     model = make_model(ASYMMETRIC["float32"], **kwargs).learn(32)
     model.save(tmp_path / "model")
-    loaded = TRPO.load(tmp_path / "model", env=Spy(ASYMMETRIC["float32"]), device="cpu")
+    loaded = TRPO.load(tmp_path / "model", env=Spy(ASYMMETRIC["float32"]), device="cpu", trust=True)
     assert loaded.action_bound == kwargs.get("action_bound")
     assert loaded.policy.action_bound == (kwargs.get("action_bound") or kwargs.get("policy_kwargs", {}).get("action_bound"))
     assert type(loaded.policy.action_dist) is type(model.policy.action_dist)

@@ -273,7 +273,7 @@ def test_a_bad_step_size_is_refused_before_an_environment_is_made(value: Any) ->
 def test_a_saved_model_goes_on_as_it_would_have(kwargs: dict[str, Any], tmp_path: Path) -> None:
     model = make(**kwargs).learn(2 * N_STEPS)
     model.save(tmp_path / "npg")
-    loaded = hooked(NPG).load(tmp_path / "npg", env=Noise(), device="cpu")
+    loaded = hooked(NPG).load(tmp_path / "npg", env=Noise(), device="cpu", trust=True)
     size = kwargs.get("actor_step_size")
     assert callable(loaded.actor_step_size) if callable(size) else loaded.actor_step_size == size
     assert same(loaded.policy.state_dict(), model.policy.state_dict())

@@ -390,13 +390,15 @@ def test_the_direction_survives_a_file_bit_for_bit(tmp_path: Any) -> None:
     model = make(env, cg_warm_start=True).learn(2 * N_STEPS)
     assert model._direction.any()
     model.save(tmp_path / "warm")
-    loaded = HookedTRPO.load(tmp_path / "warm", device="cpu")
+    loaded = HookedTRPO.load(tmp_path / "warm", device="cpu", trust=True)
     assert th.equal(loaded._direction, model._direction)
     plain = make().learn(N_STEPS)
     plain.save(tmp_path / "plain")
-    assert HookedTRPO.load(tmp_path / "plain", device="cpu")._direction.numel() == 0
+    assert HookedTRPO.load(tmp_path / "plain", device="cpu", trust=True)._direction.numel() == 0
     # A file from before, or without warm starts, may be gone on with.
-    changed = HookedTRPO.load(tmp_path / "plain", env=ScriptedEnv(), device="cpu", cg_warm_start=True).learn(N_STEPS)
+    changed = HookedTRPO.load(tmp_path / "plain", env=ScriptedEnv(), device="cpu", cg_warm_start=True, trust=True).learn(
+        N_STEPS
+    )
     assert changed._direction.any()
 
 

@@ -140,7 +140,7 @@ def test_the_actor_is_not_touched_by_the_critics_units() -> None:
 def test_moments_survive_a_file(tmp_path: Any) -> None:
     model = make(ScriptedEnv(noisy), return_scaling=True).learn(2 * N_STEPS)
     model.save(tmp_path / "model")
-    loaded = HookedTRPO.load(tmp_path / "model", env=ScriptedEnv(noisy), device="cpu")
+    loaded = HookedTRPO.load(tmp_path / "model", env=ScriptedEnv(noisy), device="cpu", trust=True)
     assert loaded.return_scaling is True
     assert loaded._value_scale == model._value_scale > 100.0
     assert vars(loaded.return_moments) == vars(model.return_moments)

@@ -72,7 +72,10 @@ def test_arguments_are_those_of_sb3_contrib_in_their_order() -> None:
 def test_methods_take_the_arguments_of_sb3_contrib(method: str) -> None:
     theirs, ours = parameters(sb3_contrib.TRPO, method), parameters(TRPO, method)
 
+    new = [ours.pop(name) for name in list(ours) if name not in theirs]
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [(p.name, p.kind, p.default) for p in theirs.values()]
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is False for p in new)
+    assert [p.name for p in new] == (["trust", "allow_non_finite"] if method == "load" else [])
 
 
 def test_every_argument_is_kept_under_its_name() -> None:

@@ -111,7 +111,7 @@ def test_a_loaded_model_goes_on_as_the_saved_one(schedule: bool, tmp_path: Path)
         rates = {"target_kl": lambda progress: 0.02 * progress, "learning_rate": lambda progress: 1e-3 * progress}
     model = make("discrete", **rates).learn(2 * N_STEPS)
     model.save(tmp_path / "model.zip")
-    loaded = TRPO.load(tmp_path / "model.zip", env=WalkEnv(SPACES["discrete"]), device="cpu")
+    loaded = TRPO.load(tmp_path / "model.zip", env=WalkEnv(SPACES["discrete"]), device="cpu", trust=schedule)
 
     logs = []
     for run in (model, loaded):

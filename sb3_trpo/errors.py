@@ -1,0 +1,65 @@
+"""What can be wrong with a file, a number or a worker, by name."""
+
+import io
+import pathlib
+from collections.abc import Iterable
+
+Source = str | pathlib.Path | io.BufferedIOBase
+
+
+def name_of(source: Source) -> str:
+    """
+    What to call a file in a message.
+
+    :param source: path or file object
+    :return: the path, or a word for the object
+    """
+    return str(source) if isinstance(source, (str, pathlib.Path)) else f"<{type(source).__name__}>"
+
+
+class CorruptCheckpointError(ValueError):
+    """
+    A saved file is damaged or incomplete.
+
+    :param path: the file
+    :param member: the damaged or missing part of it; None for the file as a whole
+    :param reason: what is wrong
+    """
+
+    def __init__(self, path: Source, member: str | None, reason: object) -> None:
+        super().__init__(f"{name_of(path)}: {'the file' if member is None else repr(member)} cannot be read: {reason}")
+        self.path, self.member = path, member
+
+
+class UntrustedFileError(ValueError):
+    """
+    Reading a saved file would run code that is not known to be harmless. Nothing of it was run.
+
+    :param path: the file
+    :param entry: the entry that asks for it
+    :param what: the global that it names, or another word for it
+    :param remedy: what the user can do
+    """
+
+    def __init__(self, path: Source, entry: str, what: str, remedy: str = "") -> None:
+        super().__init__(
+            f"{name_of(path)}: entry {entry!r} is refused, since it asks for {what}; nothing was run. {remedy}".rstrip()
+        )
+        self.path, self.entry = path, entry
+
+
+class NonFiniteError(ValueError):
+    """A NaN or an infinity where none may be."""
+
+
+class WorkerError(RuntimeError):
+    """
+    An environment in a process of its own has failed.
+
+    :param indices: the workers
+    :param reason: what happened to them
+    """
+
+    def __init__(self, indices: Iterable[int], reason: str) -> None:
+        self.indices = tuple(indices)
+        super().__init__(f"worker {', '.join(map(str, self.indices))} {reason}")

@@ -1,0 +1,53 @@
+"""SIGINT and SIGTERM as a request to stop at the next update's end."""
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+_previous: dict[int, Any] = {}
+_received: list[int] = []
+
+
+def catch_signals() -> None:
+    """
+    From now on note the first SIGINT or SIGTERM; a second one ends the process at once.
+
+    :raises ValueError: this is not the main thread, where alone Python handles signals
+    """
+    if not _previous:
+        _received.clear()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            _previous[number] = signal.signal(number, _note)
+
+
+def release_signals() -> None:
+    """Treat the signals again as before :func:`catch_signals`, if it was called."""
+    while _previous:
+        number, handler = _previous.popitem()
+        signal.signal(number, handler)
+
+
+def received_signal() -> int | None:
+    """
+    The signal that asks the process to stop.
+
+    :return: its number; None if there was none
+    """
+    return _received[0] if _received else None
+
+
+def exit_status(number: int) -> int:
+    """
+    What a process that a signal has stopped reports to its shell.
+
+    :param number: the signal's number
+    :return: 130 for SIGINT, 143 for SIGTERM
+    """
+    return 128 + number
+
+
+def _note(number: int, _: FrameType | None) -> None:
+    if _received:
+        os._exit(exit_status(number))
+    _received.append(number)
