@@ -18,6 +18,7 @@ import argparse
 import copy
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -510,6 +511,10 @@ MEMORY_SHAPES: dict[str, tuple[int, ...] | int] = {"frames": (4, 84, 84), "halfc
 MEMORY_ACTIONS = {"frames": 6, "halfcheetah": 6, "humanoid": 17}
 
 
+#: Makes glibc give freed blocks of a MiB and more back at once, so that the peak is memory in use and not in its store.
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+
+
 def random_model(who: str, shape: str, n_states: int) -> OnPolicyAlgorithm:
     """An algorithm with a full buffer of random numbers."""
     n_envs = 8
@@ -574,7 +579,7 @@ def run_memory(quick: bool, write: Callable[[str, Any], None]) -> None:
         found: dict[str, Any] = {}
         for who in ("ours", "sb3-contrib"):
             command = [sys.executable, __file__, "--one-memory", who, shape, str(n_states)]
-            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            process = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **RETURN_MEMORY})
             # Killed for want of memory: that is a figure, too.
             found[who] = json.loads(process.stdout) if process.returncode == 0 else {"failed": process.returncode}
         own, other = (found[who].get("peak_over_before_mib", float("nan")) for who in ("ours", "sb3-contrib"))
