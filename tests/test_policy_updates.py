@@ -393,6 +393,7 @@ def test_the_direction_survives_a_file_bit_for_bit(tmp_path: Any) -> None:
     loaded = HookedTRPO.load(tmp_path / "warm", device="cpu", trust=True)
     assert th.equal(loaded._direction, model._direction)
     plain = make().learn(N_STEPS)
+    assert plain._direction.numel() == 0
     plain.save(tmp_path / "plain")
     assert HookedTRPO.load(tmp_path / "plain", device="cpu", trust=True)._direction.numel() == 0
     # A file from before, or without warm starts, may be gone on with.

@@ -129,6 +129,17 @@ def test_a_rollout_that_is_not_finite_does_not_spoil_the_moments(bad: float) -> 
     assert model.return_moments.count == 2 * N_STEPS
 
 
+def test_returns_that_are_all_the_same_are_no_division_by_zero() -> None:
+    model = make(ScriptedEnv(lambda step, action: 0.0), return_scaling=True, gamma=0.0)
+    for parameter in model.policy.value_net.parameters():
+        parameter.data.zero_()
+    model.learn(3 * N_STEPS)
+    assert model.return_moments.var == 0.0
+    assert model._value_scale == pytest.approx(1e-4)
+    assert all(log["train/is_critic_fit_success"] in (0.0, 1.0) and log["train/value_loss"] == 0.0 for log in model.logs)
+    assert bool(th.isfinite(flatten(model.policy.parameters())).all())
+
+
 def test_the_actor_is_not_touched_by_the_critics_units() -> None:
     first = [make(ScriptedEnv(noisy), return_scaling=scaled).learn(N_STEPS) for scaled in (False, True)]
     assert same(*map(actor_of, first))
