@@ -22,7 +22,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_trpo.acting import Observations, action_transform, make_actor
+from sb3_trpo.acting import Actor, Observations, action_transform, make_actor
 from sb3_trpo.actions import ACTION_BOUNDS, ActionOptionsPolicy, check_action_bound
 from sb3_trpo.checkpoint import saved_attributes
 from sb3_trpo.collect import Truncation, can_defer, complete_buffer, find_truncations, write_step
@@ -287,13 +287,17 @@ class TRPO(OnPolicyAlgorithm):
                 )
         if self.action_bound is not None:
             self._bound_actions(self.action_bound)
-        super()._setup_model()
-        if self.return_scaling and not can_defer(self.policy, self.rollout_buffer):
+        self._setup_networks()
+        if self.return_scaling and not self._can_collect(self.rollout_buffer):
             raise ValueError(
                 "return_scaling=True is not allowed with a policy that has a forward method of its own, or a rollout buffer "
                 "class of your own: their values could not be scaled"
             )
         self._set_target_kl_schedule()
+
+    def _setup_networks(self) -> None:
+        """Make policy and buffer, after seeding all generators."""
+        super()._setup_model()
 
     def _bound_actions(self, action_bound: str) -> None:
         check_action_bound(action_bound, self.action_space)
@@ -348,13 +352,13 @@ class TRPO(OnPolicyAlgorithm):
         :param n_rollout_steps: steps to take in each environment
         :return: False if the callback stopped the training
         """
-        if not can_defer(self.policy, rollout_buffer):
-            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        if not self._can_collect(rollout_buffer):
+            return self._collect_step_by_step(env, callback, rollout_buffer, n_rollout_steps)
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         truncations: list[Truncation] = []
         callback.on_rollout_start()
-        act = make_actor(self.policy, n_rollout_steps, env.num_envs, self.sde_sample_freq)
+        act = self._make_actor(env, rollout_buffer, n_rollout_steps)
         to_env = action_transform(self.policy)
         step = make_stepper(env)
 
@@ -378,12 +382,40 @@ class TRPO(OnPolicyAlgorithm):
             n_steps += 1
 
         last_obs: Observations = new_obs  # type: ignore[assignment]
-        values = complete_buffer(
-            rollout_buffer, self.policy, truncations, last_obs, dones, self._chunk_size, self._value_scale
-        )
+        values = self._complete_buffer(rollout_buffer, truncations, last_obs, dones)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _can_collect(self, rollout_buffer: RolloutBuffer) -> bool:
+        """Whether the loop of :meth:`collect_rollouts` serves policy and buffer."""
+        return can_defer(self.policy, rollout_buffer)
+
+    def _collect_step_by_step(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """SB3's loop, for all others."""
+        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+
+    def _make_actor(self, env: VecEnv, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> Actor:
+        """Find what acts in the next rollout."""
+        return make_actor(self.policy, n_rollout_steps, env.num_envs, self.sde_sample_freq)
+
+    def _complete_buffer(
+        self, rollout_buffer: RolloutBuffer, truncations: list[Truncation], last_obs: Observations, last_dones: np.ndarray
+    ) -> th.Tensor:
+        """Evaluate what the buffer's loop has left out; returns V of the last observations, shape ``(n_envs, 1)``."""
+        return complete_buffer(
+            rollout_buffer,
+            self._read_rollout(),
+            self._evaluate,
+            self.policy.predict_values,
+            truncations,
+            last_obs,
+            last_dones,
+            self._chunk_size,
+            self._value_scale,
+        )
 
     @without_validation()
     def train(self) -> None:
@@ -393,7 +425,7 @@ class TRPO(OnPolicyAlgorithm):
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
         buffers = Snapshot(self.policy.buffers())
-        rollout = read_rollout(self.rollout_buffer, self.action_space)
+        rollout = self._read_rollout()
         if self.normalize_advantage:
             rollout = normalize_advantages(rollout)
         actor = actor_parameters(self.policy, self._distribution, rollout.select(slice(1)).inputs)  # θ
@@ -402,7 +434,7 @@ class TRPO(OnPolicyAlgorithm):
         surrogate = self._surrogate(rollout, layers)  # L(θ), D̄_KL(θ_old, θ)
         steps: list[PolicyStep] = []
         point = surrogate.start()
-        parts = self._parts(rollout.n_states)
+        parts = self._parts(rollout)
         for part in parts:
             at_start = part is None and not steps
             seen, local = (rollout, surrogate) if at_start else self._from_here(surrogate, rollout, part, layers)
@@ -431,12 +463,12 @@ class TRPO(OnPolicyAlgorithm):
     def _surrogate(self, rollout: Rollout, layers: list[nn.Module]) -> Surrogate:
         return Surrogate(self._distribution, rollout.chunks(self._chunk_size), layers, self.ent_coef)
 
-    def _parts(self, n_states: int) -> list[th.Tensor | None]:
-        """The states that each step of the policy is computed from; None for all."""
+    def _parts(self, rollout: Rollout) -> list[th.Tensor | None]:
+        """The units of the rollout that each step of the policy is computed from; None for all."""
         if self.policy_batch_size is None:
             return [None] * self.n_policy_updates
-        n_parts = -(-n_states // self.policy_batch_size)
-        return [part for _ in range(self.n_policy_updates) for part in th.randperm(n_states).tensor_split(n_parts)]
+        n_parts = -(-rollout.n_units // rollout.units_in(self.policy_batch_size))
+        return [part for _ in range(self.n_policy_updates) for part in th.randperm(rollout.n_units).tensor_split(n_parts)]
 
     def _from_here(
         self, surrogate: Surrogate, rollout: Rollout, part: th.Tensor | None, layers: list[nn.Module]
@@ -469,11 +501,18 @@ class TRPO(OnPolicyAlgorithm):
             return self.max_batch_size
         return IMAGE_CHUNK
 
+    def _read_rollout(self) -> Rollout:
+        return read_rollout(self.rollout_buffer, self.action_space)
+
     def _distribution(self, inputs: Inputs) -> Distribution:
         return self.policy.get_distribution(inputs)
 
     def _values(self, inputs: Inputs) -> th.Tensor:
         return self.policy.predict_values(inputs).flatten()
+
+    def _evaluate(self, rollout: Rollout) -> tuple[th.Tensor, th.Tensor]:
+        """The critic's outputs, and log-probabilities."""
+        return self.policy.evaluate_actions(rollout.inputs, rollout.actions)[:2]
 
     def _thinned(self, surrogate: Surrogate, rollout: Rollout, layers: list[nn.Module]) -> Surrogate:
         return surrogate if self.sub_sampling_factor == 1 else self._surrogate(rollout.thin(self.sub_sampling_factor), layers)
@@ -538,7 +577,7 @@ class TRPO(OnPolicyAlgorithm):
         :return: what the regression did
         """
         critic = critic_parameters(self.policy, self._values, rollout.select(slice(1)).inputs, actor)
-        encode, head = value_function(self.policy, critic)
+        encode, head = value_function(self.policy, self._values, critic)
         if encode is not None:
             rollout = rollout.encoded(encode, self._chunk_size)
         if self.return_scaling:
@@ -559,8 +598,7 @@ class TRPO(OnPolicyAlgorithm):
             )
         return fit_minibatches(
             head,
-            rollout.inputs,
-            rollout.returns,
+            rollout,
             critic=critic,
             optimizer=self.policy.optimizer,
             batch_size=self.batch_size,
