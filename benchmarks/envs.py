@@ -4,6 +4,7 @@ Small tasks for the spaces that Gymnasium's own tasks leave out. Import this mod
 Each is learnt in some 30,000 steps, and none by a policy that ignores part of its observation.
 """
 
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -141,6 +142,71 @@ class Catch(gym.Env):
         return cells.repeat(self.PIXELS, axis=0).repeat(self.PIXELS, axis=1)[:, :, None]
 
 
+class Placement(gym.Env):
+    """
+    64 discrete actions, most of them invalid in the end: lay bricks of changing size on an 8 × 8 board until none fits.
+
+    An action is the board's cell for the brick's upper left corner; it is valid where the whole brick lies on free cells.
+    Every cell covered is worth 1/64, so the return is the covered share of the board. The next brick's height and width are
+    shown beside the board.
+    """
+
+    SIZE = 8
+    BRICKS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3), (3, 2))
+    action_space = spaces.Discrete(SIZE * SIZE)
+    observation_space = spaces.Box(0.0, 1.0, (SIZE * SIZE + len(BRICKS),), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.board = np.zeros((self.SIZE, self.SIZE), bool)
+        self._draw_brick()
+        return self._observe(), {}
+
+    def step(self, action: int) -> Step:
+        if not self.masks[action]:
+            raise ValueError(f"action {action} is invalid")
+        row, column = divmod(int(action), self.SIZE)
+        height, width = self.BRICKS[self.brick]
+        self.board[row : row + height, column : column + width] = True
+        self._draw_brick()
+        return self._observe(), height * width / self.SIZE**2, not self.masks.any(), False, {}
+
+    def action_masks(self) -> np.ndarray:
+        return self.masks
+
+    def _draw_brick(self) -> None:
+        self.brick = int(self.np_random.integers(len(self.BRICKS)))
+        height, width = self.BRICKS[self.brick]
+        fits = np.zeros((self.SIZE, self.SIZE), bool)
+        windows = np.lib.stride_tricks.sliding_window_view(self.board, (height, width))
+        fits[: windows.shape[0], : windows.shape[1]] = ~windows.any(axis=(2, 3))
+        self.masks = fits.flatten()
+
+    def _observe(self) -> np.ndarray:
+        kind = np.eye(len(self.BRICKS))[self.brick]
+        return np.concatenate([self.board.flatten(), kind]).astype(np.float32)
+
+
+class PositionsOnly(gym.ObservationWrapper):
+    """Leaves out the velocities, so that a policy must remember what it saw before."""
+
+    def __init__(self, env: gym.Env, positions: tuple[int, ...]) -> None:
+        super().__init__(env)
+        self.positions = list(positions)
+        space = env.observation_space
+        self.observation_space = spaces.Box(space.low[self.positions], space.high[self.positions], dtype=space.dtype)
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        return observation[self.positions]
+
+
+def _without_velocities(name: str, positions: tuple[int, ...]) -> gym.Env:
+    return PositionsOnly(gym.make(name), positions)
+
+
+gym.register("CartPoleNoVel-v1", partial(_without_velocities, "CartPole-v1", (0, 2)))
+gym.register("PendulumNoVel-v1", partial(_without_velocities, "Pendulum-v1", (0, 1)))
+gym.register("Placement-v0", Placement)
 gym.register("Chase-v0", Chase, max_episode_steps=50)
 gym.register("Hover-v0", Hover, max_episode_steps=100)
 gym.register("Errands-v0", Errands, max_episode_steps=100)

@@ -6,9 +6,11 @@ from sb3_trpo.callbacks import CheckpointCallback, latest_checkpoint
 from sb3_trpo.env_state import ResumableEnv
 from sb3_trpo.errors import CorruptCheckpointError, NonFiniteError, UntrustedFileError, WorkerError
 from sb3_trpo.export import export_onnx
+from sb3_trpo.maskable import MaskableTRPO
 from sb3_trpo.normalizer import load_vec_normalize, save_vec_normalize
 from sb3_trpo.npg import NPG
 from sb3_trpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_trpo.recurrent import RecurrentTRPO
 from sb3_trpo.trpo import TRPO
 from sb3_trpo.workers import WatchedSubprocVecEnv
 
@@ -20,9 +22,11 @@ __all__ = [
     "CheckpointCallback",
     "CnnPolicy",
     "CorruptCheckpointError",
+    "MaskableTRPO",
     "MlpPolicy",
     "MultiInputPolicy",
     "NonFiniteError",
+    "RecurrentTRPO",
     "ResumableEnv",
     "UntrustedFileError",
     "WatchedSubprocVecEnv",

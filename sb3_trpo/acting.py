@@ -1,12 +1,13 @@
 """Choosing actions during a rollout: the sampling law of the policy, at the least cost per step."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.distributions import BernoulliDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
@@ -40,6 +41,18 @@ def make_actor(policy: ActorCriticPolicy, n_steps: int, n_envs: int, sde_sample_
     :param sde_sample_freq: sample a new gSDE noise matrix every so many steps; -1 for once a rollout
     :return: the actor
     """
+    return make_lean_actor(policy, n_steps, n_envs) or PolicyActor(policy, n_envs, sde_sample_freq)
+
+
+def make_lean_actor(policy: BasePolicy, n_steps: int, n_envs: int) -> "ChainActor | None":
+    """
+    An actor that does without torch, for those policies that have one.
+
+    :param policy: the policy; its parameters must not change while the actor is used
+    :param n_steps: steps in the rollout
+    :param n_envs: number of environments
+    :return: the actor, or None
+    """
     chain = actor_chain(policy)
     lean = (
         chain is not None
@@ -49,9 +62,7 @@ def make_actor(policy: ActorCriticPolicy, n_steps: int, n_envs: int, sde_sample_
         and all(type(activation) in NUMPY_ACTIVATIONS for activation in chain.activations)
         and chain.layers[0].weight.dtype == th.float32
     )
-    if lean and chain is not None:
-        return ChainActor(policy, chain, n_steps, n_envs)
-    return PolicyActor(policy, n_envs, sde_sample_freq)
+    return ChainActor(policy, chain, n_steps, n_envs) if lean and chain is not None else None
 
 
 def action_transform(policy: ActorCriticPolicy) -> Callable[[np.ndarray], np.ndarray]:
@@ -122,22 +133,33 @@ class ChainActor:
     :param n_envs: number of environments
     """
 
-    def __init__(self, policy: ActorCriticPolicy, chain: Chain, n_steps: int, n_envs: int) -> None:
+    def __init__(self, policy: BasePolicy, chain: Chain, n_steps: int, n_envs: int) -> None:
         # Views of the parameters, not copies.
         self._weights = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in chain.layers]
         self._activations = [NUMPY_ACTIVATIONS[type(activation)] for activation in chain.activations]
         self._space = policy.action_space
         shape = (n_steps, n_envs, chain.layers[-1].out_features)
+        distribution: Any = policy.action_dist
+        #: Number of choices in each part of the action; None where it is not a choice.
+        self._choices: list[int] | None = None
         if isinstance(self._space, spaces.Box):
-            noise = th.randn(shape) * policy.log_std.detach().exp()
-        elif isinstance(self._space, spaces.MultiBinary):
+            noise = th.randn(shape) * policy.log_std.detach().exp()  # type: ignore[operator]
+        elif isinstance(distribution, BernoulliDistribution):
             noise = th.rand(shape).logit(eps=1e-7)
         else:
             noise = -th.empty(shape).exponential_().log()
+            self._choices = [shape[-1]] if isinstance(self._space, spaces.Discrete) else list(distribution.action_dims)
         self._noise = noise.numpy()
 
-    def __call__(self, observations: Observations, step: int) -> np.ndarray:
-        """See :class:`Actor`."""
+    def __call__(self, observations: Observations, step: int, action_masks: np.ndarray | None = None) -> np.ndarray:
+        """
+        Sample actions.
+
+        :param observations: one for each environment
+        :param step: number of the step in the rollout
+        :param action_masks: which choices are allowed, shape ``(n_envs, n_choices)``; None for all
+        :return: actions, shape ``(n_envs, *action_shape)``
+        """
         assert isinstance(observations, np.ndarray)
         hidden = observations.reshape(len(observations), -1).astype(np.float32, copy=False)
         for (weight, bias), activation in zip(self._weights, self._activations, strict=False):
@@ -146,9 +168,11 @@ class ChainActor:
         noisy = hidden @ weight + bias + self._noise[step]
         if isinstance(self._space, spaces.Box):
             return noisy.reshape(len(noisy), *self._space.shape)
+        if self._choices is None:
+            return (noisy > 0).astype(np.float32)
+        if action_masks is not None:
+            noisy = np.where(action_masks, noisy, -np.inf)
         if isinstance(self._space, spaces.Discrete):
             return noisy.argmax(axis=1)
-        if isinstance(self._space, spaces.MultiBinary):
-            return (noisy > 0).astype(np.float32)
-        splits = np.split(noisy, np.cumsum(self._space.nvec)[:-1], axis=1)  # type: ignore[attr-defined]
+        splits = np.split(noisy, np.cumsum(self._choices)[:-1], axis=1)
         return np.stack([split.argmax(axis=1) for split in splits], axis=1)

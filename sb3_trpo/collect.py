@@ -5,17 +5,19 @@ only acting happens then. Afterwards the whole rollout, the observation after it
 episodes are evaluated in large batches. The buffer ends with the numbers that SB3's loop would have put there.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_trpo.acting import Observations
 from sb3_trpo.advantages import generalized_advantages
-from sb3_trpo.rollout import read_rollout
+from sb3_trpo.rollout import ARRAY_BUFFERS, Rollout
 
 
 class Truncation(NamedTuple):
@@ -32,7 +34,7 @@ class Truncation(NamedTuple):
     observation: Any
 
 
-def can_defer(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> bool:
+def can_defer(policy: BasePolicy, buffer: RolloutBuffer) -> bool:
     """
     Whether a rollout can be evaluated after it was collected.
 
@@ -40,8 +42,9 @@ def can_defer(policy: ActorCriticPolicy, buffer: RolloutBuffer) -> bool:
     :param buffer: the buffer; a class of the user's own must be filled by its own methods
     :return: True for SB3's policies and buffers, and policies that change nothing but networks or distributions
     """
-    own_forward = "forward" in vars(policy) or type(policy).forward is not ActorCriticPolicy.forward
-    return type(buffer) in (RolloutBuffer, DictRolloutBuffer) and not own_forward
+    usual = (ActorCriticPolicy.forward, MaskableActorCriticPolicy.forward)
+    own_forward = "forward" in vars(policy) or type(policy).forward not in usual
+    return type(buffer) in ARRAY_BUFFERS and not own_forward
 
 
 def write_step(
@@ -93,7 +96,9 @@ def find_truncations(step: int, dones: np.ndarray, infos: list[dict[str, Any]]) 
 @th.no_grad()
 def complete_buffer(
     buffer: RolloutBuffer,
-    policy: ActorCriticPolicy,
+    rollout: Rollout,
+    evaluate: Callable[[Rollout], tuple[th.Tensor, th.Tensor]],
+    predict_values: Callable[[Any], th.Tensor],
     truncations: list[Truncation],
     last_observations: Observations,
     last_dones: np.ndarray,
@@ -103,10 +108,10 @@ def complete_buffer(
     """
     Fill in values, log-probabilities, bootstrapped rewards, advantages and returns.
 
-    A truncated episode's last reward is increased by γV of its last observation, as in SB3.
-
     :param buffer: the buffer with all steps written
-    :param policy: the policy that acted
+    :param rollout: what is in it
+    :param evaluate: states and actions ↦ the critic's outputs and log π(a|s), by the policy that acted
+    :param predict_values: observations ↦ the critic's outputs
     :param truncations: episodes that a time limit cut off
     :param last_observations: observations after the last step
     :param last_dones: whether the last step ended an episode
@@ -114,18 +119,42 @@ def complete_buffer(
     :param value_scale: what the critic's outputs are multiplied with to give V
     :return: V of the observations after the last step, shape ``(n_envs, 1)``
     """
-    buffer.full = True
     shape = buffer.rewards.shape
-    evaluated = [
-        policy.evaluate_actions(chunk.inputs, chunk.actions)[:2]
-        for chunk in read_rollout(buffer, policy.action_space).chunks(max_batch_size)
-    ]
+    evaluated = [evaluate(chunk) for chunk in rollout.chunks(max_batch_size)]
     buffer.values[:] = value_scale * th.cat([values.flatten() for values, _ in evaluated]).cpu().numpy().reshape(shape)
     buffer.log_probs[:] = th.cat([log_probs for _, log_probs in evaluated]).cpu().numpy().reshape(shape)
 
-    for truncation, value in zip(truncations, _final_values(policy, truncations, max_batch_size), strict=True):
-        buffer.rewards[truncation.step, truncation.env] += buffer.gamma * value_scale * value
-    last_values = value_scale * policy.predict_values(obs_as_tensor(last_observations, policy.device))
+    final_values: list[float] = []
+    size = max_batch_size or max(len(truncations), 1)
+    for start in range(0, len(truncations), size):
+        batch = stack_observations([truncation.observation for truncation in truncations[start : start + size]])
+        final_values += (value_scale * predict_values(obs_as_tensor(batch, buffer.device))).flatten().tolist()
+    last_values = value_scale * predict_values(obs_as_tensor(last_observations, buffer.device))
+    bootstrap(buffer, truncations, final_values, last_values, last_dones)
+    return last_values
+
+
+def bootstrap(
+    buffer: RolloutBuffer,
+    truncations: list[Truncation],
+    final_values: list[float],
+    last_values: th.Tensor,
+    last_dones: np.ndarray,
+) -> None:
+    """
+    Fill in bootstrapped rewards, advantages and returns.
+
+    A truncated episode's last reward is increased by γV of its last observation, as in SB3.
+
+    :param buffer: the buffer with all steps and their values written
+    :param truncations: episodes that a time limit cut off
+    :param final_values: V of the last observation of each of them
+    :param last_values: V of the observations after the last step, shape ``(n_envs, 1)``
+    :param last_dones: whether the last step ended an episode
+    """
+    buffer.full = True
+    for truncation, value in zip(truncations, final_values, strict=True):
+        buffer.rewards[truncation.step, truncation.env] += buffer.gamma * value
     buffer.advantages = generalized_advantages(
         buffer.rewards,
         buffer.values,
@@ -136,18 +165,15 @@ def complete_buffer(
         buffer.gae_lambda,
     )
     buffer.returns = buffer.advantages + buffer.values
-    return last_values
 
 
-def _final_values(policy: ActorCriticPolicy, truncations: list[Truncation], max_batch_size: int | None) -> list[float]:
-    """V of the last observation of each truncated episode."""
-    values: list[float] = []
-    size = max_batch_size or max(len(truncations), 1)
-    for start in range(0, len(truncations), size):
-        observations = [truncation.observation for truncation in truncations[start : start + size]]
-        if isinstance(observations[0], dict):
-            batch: Observations = {key: np.stack([single[key] for single in observations]) for key in observations[0]}
-        else:
-            batch = np.stack(observations)
-        values += policy.predict_values(obs_as_tensor(batch, policy.device)).flatten().tolist()
-    return values
+def stack_observations(observations: list[Any]) -> Observations:
+    """
+    Make a batch of single observations.
+
+    :param observations: arrays or dictionaries of them, at least one
+    :return: the batch
+    """
+    if isinstance(observations[0], dict):
+        return {key: np.stack([single[key] for single in observations]) for key in observations[0]}
+    return np.stack(observations)

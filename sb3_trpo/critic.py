@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch as th
 from torch import nn
 from torch.distributions import Normal
-from torch.nn import functional as F
 
 from sb3_trpo.conjugate_gradient import conjugate_gradient
 from sb3_trpo.fisher import FisherOperator
@@ -18,7 +17,7 @@ from sb3_trpo.line_search import Outcome, Point, backtracking_line_search
 from sb3_trpo.mlp import Chain
 from sb3_trpo.parameters import Snapshot, all_finite, assign, flatten
 from sb3_trpo.preconditioner import KroneckerPreconditioner
-from sb3_trpo.rollout import Inputs, Rollout, map_inputs
+from sb3_trpo.rollout import Inputs, Rollout
 from sb3_trpo.surrogate import Forward, Forwards
 
 ValueFunction = Callable[[Inputs], th.Tensor]
@@ -43,8 +42,7 @@ class CriticFit(NamedTuple):
 
 def fit_minibatches(
     values: ValueFunction,
-    inputs: Inputs,
-    returns: th.Tensor,
+    rollout: Rollout,
     *,
     critic: Sequence[nn.Parameter],
     optimizer: th.optim.Optimizer,
@@ -57,11 +55,10 @@ def fit_minibatches(
     Either every parameter and the optimizer's state end finite, or both are put back.
 
     :param values: observations ↦ V(s), shape ``(n_states,)``
-    :param inputs: observations
-    :param returns: R̂, shape ``(n_states,)``
+    :param rollout: states and their returns R̂
     :param critic: the parameters to train
     :param optimizer: optimizer that holds them, possibly among others, which stay untouched
-    :param batch_size: states in a minibatch
+    :param batch_size: states in a minibatch, which has one sequence in any case
     :param n_epochs: passes over the rollout
     :return: the losses, and whether the fit stands
     """
@@ -72,9 +69,10 @@ def fit_minibatches(
     optimizer.zero_grad()
     losses = []
     for _ in range(n_epochs):
-        for index in th.randperm(len(returns), device=returns.device).split(batch_size):
-            predicted = values(map_inputs(lambda tensor, index=index: tensor[index], inputs))  # type: ignore[misc]
-            loss = F.mse_loss(predicted, returns[index])
+        order = th.randperm(rollout.n_units, device=rollout.returns.device)
+        for index in order.split(rollout.units_in(batch_size)):
+            batch = rollout.sample(index)
+            loss = batch.weights.dot((values(batch.inputs) - batch.returns).square())
             for parameter, slope in zip(critic, th.autograd.grad(loss, critic), strict=True):
                 parameter.grad = slope
             optimizer.step()

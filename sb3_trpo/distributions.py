@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch as th
+from sb3_contrib.common.maskable.distributions import MaskableMultiCategoricalDistribution
 from stable_baselines3.common.distributions import Distribution
 from torch.distributions import Bernoulli, Categorical, Normal
 from torch.distributions import Distribution as TorchDistribution
@@ -45,7 +46,8 @@ def components(distribution: Distribution) -> Components:
     :param distribution: SB3 action distribution
     :return: its torch distributions, each with the states in its first batch dimension
     """
-    inner = distribution.distribution
+    several = isinstance(distribution, MaskableMultiCategoricalDistribution)
+    inner = distribution.distributions if several else distribution.distribution  # type: ignore[attr-defined]
     return tuple(inner) if isinstance(inner, (list, tuple)) else (inner,)
 
 

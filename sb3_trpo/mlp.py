@@ -8,6 +8,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch as th
+from sb3_contrib.common.maskable.distributions import (
+    MaskableBernoulliDistribution,
+    MaskableCategoricalDistribution,
+    MaskableMultiCategoricalDistribution,
+)
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
     CategoricalDistribution,
@@ -30,7 +36,12 @@ STATE_INDEPENDENT_NOISE = (
     CategoricalDistribution,
     MultiCategoricalDistribution,
     BernoulliDistribution,
+    MaskableCategoricalDistribution,
+    MaskableMultiCategoricalDistribution,
+    MaskableBernoulliDistribution,
 )
+
+STANDARD_POLICIES = (ActorCriticPolicy, ActionOptionsPolicy, MaskableActorCriticPolicy)
 
 
 class Chain(NamedTuple):
@@ -70,11 +81,11 @@ def chain(modules: Sequence[nn.Module]) -> Chain | None:
 def _is_standard(policy: nn.Module, methods: Sequence[str]) -> bool:
     """Whether the policy feeds flat features to an MlpExtractor the way SB3's own class does, through these methods."""
     return (
-        isinstance(policy, ActorCriticPolicy)
+        isinstance(policy, STANDARD_POLICIES)
         and type(policy.mlp_extractor) is MlpExtractor
         and type(policy.features_extractor) is FlattenExtractor
         and all(
-            getattr(type(policy), method) in (getattr(ActorCriticPolicy, method), getattr(ActionOptionsPolicy, method))
+            getattr(type(policy), method) in [getattr(standard, method) for standard in STANDARD_POLICIES]
             for method in methods
         )
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
@@ -105,7 +106,7 @@ def critic_parameters(
 
 
 def value_function(
-    policy: nn.Module, critic: list[nn.Parameter]
+    policy: nn.Module, values: Callable[[Inputs], th.Tensor], critic: list[nn.Parameter]
 ) -> tuple[Callable[[Inputs], th.Tensor] | None, Callable[[Inputs], th.Tensor]]:
     """
     V(s) in two parts, so that what the critic cannot change is computed once per update: V(s) = head(encode(s)).
@@ -114,20 +115,21 @@ def value_function(
     extractor that it shares with the actor.
 
     :param policy: actor-critic policy
+    :param values: observations ↦ values
     :param critic: the critic's own parameters
     :return: encode (None if there is nothing to compute beforehand) and head
     """
     trained = {id(parameter) for parameter in critic}
     if (
-        isinstance(policy, ActorCriticPolicy)
-        and type(policy).predict_values is ActorCriticPolicy.predict_values
+        isinstance(policy, (ActorCriticPolicy, MaskableActorCriticPolicy))
+        and type(policy).predict_values in (ActorCriticPolicy.predict_values, MaskableActorCriticPolicy.predict_values)
         and not any(id(parameter) in trained for parameter in policy.vf_features_extractor.parameters())
     ):
         return (
             lambda inputs: BasePolicy.extract_features(policy, inputs, policy.vf_features_extractor),
             lambda features: policy.value_net(policy.mlp_extractor.forward_critic(features)).flatten(),
         )
-    return None, lambda inputs: policy.predict_values(inputs).flatten()  # type: ignore[operator]
+    return None, values
 
 
 def _reached(module: nn.Module, tensor: th.Tensor) -> list[nn.Parameter]:

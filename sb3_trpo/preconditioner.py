@@ -183,7 +183,10 @@ def _chunk_factors(new: Forward, weights: th.Tensor, signs: _Signs) -> Iterator[
     if not new.calls:
         return
     z = outputs(new.parts)
-    cotangents = fisher_root(new.parts, signs.next(z))
+    # What comes after a state in its sequence, padding too, reaches the layers below a memory.
+    is_real = weights > 0.0
+    noise = [sign * is_real.view(-1, *[1] * (sign.ndim - 1)) for sign in signs.next(z)]
+    cotangents = fisher_root(new.parts, noise)
     moving = [position for position, tensor in enumerate(z) if tensor.requires_grad]
     slopes = th.autograd.grad(
         [z[position] for position in moving],

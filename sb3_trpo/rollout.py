@@ -2,12 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 
-Inputs = th.Tensor | dict[str, th.Tensor]
+#: What a policy sees. Dictionaries hold Dict observations, or an algorithm's further inputs beside the observations.
+Inputs = th.Tensor | dict[str, Any]
+
+#: Buffers whose arrays may be read and written directly.
+ARRAY_BUFFERS = (RolloutBuffer, DictRolloutBuffer, MaskableRolloutBuffer, MaskableDictRolloutBuffer)
 
 
 def map_inputs(function: Callable[[th.Tensor], th.Tensor], inputs: Inputs) -> Inputs:
@@ -15,11 +21,11 @@ def map_inputs(function: Callable[[th.Tensor], th.Tensor], inputs: Inputs) -> In
     Apply a function to every tensor of an observation.
 
     :param function: tensor ↦ tensor
-    :param inputs: observations, one tensor or a dictionary of them
+    :param inputs: observations, one tensor or a dictionary of them, nested at will
     :return: the results, in the same structure
     """
     if isinstance(inputs, dict):
-        return {key: function(tensor) for key, tensor in inputs.items()}
+        return {key: map_inputs(function, value) for key, value in inputs.items()}
     return function(inputs)
 
 
@@ -30,11 +36,15 @@ class Rollout:
 
     A mean over the rollout is the sum weighted by ``weights``, so that the sums over its chunks add up to it.
 
+    States are selected in units: single states, or, for a policy with a memory, whole sequences of consecutive ones, padded
+    to one length. Padding has weight 0. Tensors among the inputs that belong to sequences have one row for each of them.
+
     :param inputs: observations
     :param actions: in the form ``Distribution.log_prob`` takes, shape ``(n_states, ...)``
     :param advantages: Â, shape ``(n_states,)``
     :param returns: R̂, the critic's targets, shape ``(n_states,)``
     :param weights: share of each state in the mean, shape ``(n_states,)``
+    :param length: states of a unit
     :param ratios: π(a|s) / π_collecting(a|s), shape ``(n_states,)``, where another policy π looks at it; None for all 1
     """
 
@@ -43,27 +53,59 @@ class Rollout:
     advantages: th.Tensor
     returns: th.Tensor
     weights: th.Tensor
+    length: int = 1
     ratios: th.Tensor | None = None
 
     def select(self, index: slice | th.Tensor) -> "Rollout":
         """
-        Some of the states, weights unchanged.
+        Some of the units, weights unchanged.
 
         :param index: which
-        :return: views of them
+        :return: their states; views where the index is a slice
         """
-        inputs = map_inputs(lambda tensor: tensor[index], self.inputs)
-        ratios = None if self.ratios is None else self.ratios[index]
-        return Rollout(inputs, self.actions[index], self.advantages[index], self.returns[index], self.weights[index], ratios)
+
+        def part(tensor: th.Tensor) -> th.Tensor:
+            if self.length == 1:
+                return tensor[index]
+            return tensor.unflatten(0, (self.n_units, -1))[index].flatten(end_dim=1)
+
+        return replace(
+            self,
+            inputs=map_inputs(part, self.inputs),
+            actions=part(self.actions),
+            advantages=part(self.advantages),
+            returns=part(self.returns),
+            weights=part(self.weights),
+            ratios=None if self.ratios is None else part(self.ratios),
+        )
 
     @property
     def n_states(self) -> int:
-        """Number of states."""
+        """Number of states, padding included."""
         return len(self.actions)
+
+    @property
+    def n_units(self) -> int:
+        """Number of units that can be selected."""
+        return self.n_states // self.length
+
+    def units_in(self, n_states: int) -> int:
+        """
+        How many units have so many states in all.
+
+        :param n_states: number of states, at least 1
+        :return: number of units, at least 1
+        """
+        return max(n_states // self.length, 1)
+
+    @property
+    def is_real(self) -> th.Tensor:
+        """Which states are no padding, shape ``(n_states,)``."""
+        return self.weights > 0.0
 
     def sample(self, index: th.Tensor) -> "Rollout":
         """
-        Some of the states, weighted to stand for all of them.
+        Some of the units, weighted to stand for all of them.
 
         :param index: which, shape ``(n,)``
         :return: the sample
@@ -73,26 +115,26 @@ class Rollout:
 
     def thin(self, factor: int) -> "Rollout":
         """
-        A random 1/``factor`` of the states, weighted to stand for all of them.
+        A random 1/``factor`` of the units, weighted to stand for all of them.
 
         A regular stride would pick the same environments every time wherever the factor divides their number. The
-        choice depends on the number of states alone.
+        choice depends on the number of units alone.
 
         :param factor: 1 keeps all
         :return: the thinned rollout
         """
-        shuffled = th.randperm(self.n_states, generator=th.Generator().manual_seed(0))
-        return self.sample(shuffled[: -(-self.n_states // factor)].sort().values.to(self.actions.device))
+        shuffled = th.randperm(self.n_units, generator=th.Generator().manual_seed(0))
+        return self.sample(shuffled[: -(-self.n_units // factor)].sort().values.to(self.actions.device))
 
     def chunks(self, max_size: int | None) -> list["Rollout"]:
         """
         Cut into consecutive pieces.
 
-        :param max_size: most states in a piece; None for one piece
+        :param max_size: most states in a piece, which has one unit in any case; None for one piece
         :return: the pieces, in order
         """
-        size = self.n_states if max_size is None else max_size
-        return [self.select(slice(start, start + size)) for start in range(0, self.n_states, size)]
+        size = self.n_units if max_size is None else self.units_in(max_size)
+        return [self.select(slice(start, start + size)) for start in range(0, self.n_units, size)]
 
     @th.no_grad()
     def encoded(self, encode: Callable[[Inputs], th.Tensor], max_size: int | None) -> "Rollout":
@@ -106,17 +148,19 @@ class Rollout:
         return replace(self, inputs=th.cat([encode(chunk.inputs) for chunk in self.chunks(max_size)]))
 
 
-def read_rollout(buffer: RolloutBuffer, action_space: spaces.Space) -> Rollout:  # type: ignore[type-arg]
+def read_rollout(buffer: RolloutBuffer, action_space: spaces.Space[Any]) -> Rollout:
     """
     The whole buffer as tensors on its device, without shuffling it and, on the CPU, without copying the observations.
 
-    A buffer class of the user's own is asked for its samples instead, in whatever order it gives them.
+    A buffer class of the user's own is asked for its samples instead, in whatever order it gives them. Where the buffer has
+    action masks, the inputs are ``{"observations": ..., "action_masks": ...}``.
 
     :param buffer: a full rollout buffer
     :param action_space: the environment's action space
     :return: the rollout, advantages as the buffer holds them
     """
-    if type(buffer) in (RolloutBuffer, DictRolloutBuffer):
+    action_masks: th.Tensor | None = None
+    if type(buffer) in ARRAY_BUFFERS:
         n_states = buffer.buffer_size * buffer.n_envs
 
         def as_tensor(array: th.Tensor) -> th.Tensor:
@@ -126,14 +170,30 @@ def read_rollout(buffer: RolloutBuffer, action_space: spaces.Space) -> Rollout: 
 
         inputs = map_inputs(as_tensor, buffer.observations)  # type: ignore[arg-type]
         actions, advantages, returns = map(as_tensor, (buffer.actions, buffer.advantages, buffer.returns))  # type: ignore[arg-type]
+        if isinstance(buffer, (MaskableRolloutBuffer, MaskableDictRolloutBuffer)):
+            action_masks = as_tensor(buffer.action_masks)  # type: ignore[arg-type]
     else:
         samples = next(buffer.get(batch_size=None))
         inputs, actions = samples.observations, samples.actions
         advantages, returns = samples.advantages, samples.returns
-    actions = actions.long().flatten() if isinstance(action_space, spaces.Discrete) else actions.float()
+        action_masks = getattr(samples, "action_masks", None)
+    if action_masks is not None:
+        inputs = {"observations": inputs, "action_masks": action_masks > 0.5}
+    actions = as_taken(actions, action_space)
     advantages, returns = advantages.flatten(), returns.flatten()
     weights = th.full_like(advantages, 1.0 / len(advantages))
     return Rollout(inputs, actions, advantages, returns, weights)
+
+
+def as_taken(actions: th.Tensor, action_space: spaces.Space[Any]) -> th.Tensor:
+    """
+    Actions in the form that ``Distribution.log_prob`` takes.
+
+    :param actions: as a buffer holds them, shape ``(n_states, ...)``
+    :param action_space: the environment's action space
+    :return: integers for Discrete, shape ``(n_states,)``; else numbers, shape ``(n_states, ...)``
+    """
+    return actions.long().flatten() if isinstance(action_space, spaces.Discrete) else actions.float()
 
 
 def normalize_advantages(rollout: Rollout) -> Rollout:
@@ -147,7 +207,8 @@ def normalize_advantages(rollout: Rollout) -> Rollout:
     :return: the same rollout with normalised advantages
     """
     advantages = rollout.advantages
-    centred = advantages - advantages.mean()
-    spread = centred.square().mean().sqrt() if len(advantages) < 2 else centred.std()
+    real = advantages if rollout.length == 1 else advantages[rollout.is_real]
+    deviations, centred = real - real.mean(), advantages - real.mean()
+    spread = deviations.square().mean().sqrt() if len(real) < 2 else deviations.std()
     rounding = th.finfo(advantages.dtype).eps * rollout.returns.abs().max()
     return replace(rollout, advantages=th.where(spread <= rounding, th.zeros_like(centred), centred / (spread + 1e-8)))

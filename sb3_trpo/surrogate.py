@@ -60,6 +60,8 @@ def policy_forward(policy: PolicyFunction, rollout: Rollout, layers: Sequence[nn
             f"log_prob of {type(distribution).__name__} has shape {tuple(log_prob.shape)}; "
             f"it must be one number a state: {tuple(rollout.advantages.shape)}"
         )
+    if rollout.length > 1:  # ratios of padding could be infinite, and no weight masks that
+        log_prob = log_prob.where(rollout.is_real, 0.0)
     return Forward(components(distribution), log_prob, distribution.entropy(), calls)
 
 

@@ -19,7 +19,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_trpo.acting import Observations, action_transform, make_actor
+from sb3_trpo.acting import Actor, Observations, action_transform, make_actor
 from sb3_trpo.actions import ACTION_BOUNDS, ACTION_OPTIONS, ActionOptionsPolicy, check_action_options
 from sb3_trpo.archive import Attributes
 from sb3_trpo.checkpoint import SavedAlgorithm
@@ -297,10 +297,14 @@ class TRPO(SavedAlgorithm):
         if issubclass(self.policy_class, ActionOptionsPolicy):
             options = {name: self.policy_kwargs.get(name) for name in ACTION_OPTIONS}
             check_action_options(self.action_space, self.use_sde, options)
-        super()._setup_model()
-        if not can_defer(self.policy, self.rollout_buffer):
+        self._setup_networks()
+        if not self._can_collect(self.rollout_buffer):
             self._check_sb3s_loop()
         self._set_target_kl_schedule()
+
+    def _setup_networks(self) -> None:
+        """Make policy and buffer, after seeding all generators."""
+        super()._setup_model()
 
     def _bound_actions(self, action_bound: str) -> None:
         if not issubclass(self.policy_class, ActionOptionsPolicy):
@@ -367,14 +371,14 @@ class TRPO(SavedAlgorithm):
         :return: False if the callback stopped the training
         """
         check = StepGuard(env, self.num_timesteps)
-        if not can_defer(self.policy, rollout_buffer):
+        if not self._can_collect(rollout_buffer):
             with checked_steps(env, check):
-                return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+                return self._collect_step_by_step(env, callback, rollout_buffer, n_rollout_steps)
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         truncations: list[Truncation] = []
         callback.on_rollout_start()
-        act = make_actor(self.policy, n_rollout_steps, env.num_envs, self.sde_sample_freq)
+        act = self._make_actor(env, rollout_buffer, n_rollout_steps)
         to_env = action_transform(self.policy)
         step = make_stepper(env)
 
@@ -400,12 +404,40 @@ class TRPO(SavedAlgorithm):
 
         check.check_truncations(truncations)
         last_obs: Observations = new_obs  # type: ignore[assignment]
-        values = complete_buffer(
-            rollout_buffer, self.policy, truncations, last_obs, dones, self._chunk_size, self._value_scale
-        )
+        values = self._complete_buffer(rollout_buffer, truncations, last_obs, dones)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _can_collect(self, rollout_buffer: RolloutBuffer) -> bool:
+        """Whether the loop of :meth:`collect_rollouts` serves policy and buffer."""
+        return can_defer(self.policy, rollout_buffer)
+
+    def _collect_step_by_step(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """SB3's loop, for all others."""
+        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+
+    def _make_actor(self, env: VecEnv, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> Actor:
+        """Find what acts in the next rollout."""
+        return make_actor(self.policy, n_rollout_steps, env.num_envs, self.sde_sample_freq)
+
+    def _complete_buffer(
+        self, rollout_buffer: RolloutBuffer, truncations: list[Truncation], last_obs: Observations, last_dones: np.ndarray
+    ) -> th.Tensor:
+        """Evaluate what the buffer's loop has left out; returns V of the last observations, shape ``(n_envs, 1)``."""
+        return complete_buffer(
+            rollout_buffer,
+            self._read_rollout(),
+            self._evaluate,
+            self.policy.predict_values,
+            truncations,
+            last_obs,
+            last_dones,
+            self._chunk_size,
+            self._value_scale,
+        )
 
     @without_validation()
     def train(self) -> None:
@@ -415,7 +447,7 @@ class TRPO(SavedAlgorithm):
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
         buffers, guard = Snapshot(self.policy.buffers()), UpdateGuard(self.policy)
-        rollout = read_rollout(self.rollout_buffer, self.action_space)
+        rollout = self._read_rollout()
         if self.normalize_advantage:
             rollout = normalize_advantages(rollout)
         actor = actor_parameters(self.policy, self._distribution, rollout.select(slice(1)).inputs)  # θ
@@ -424,7 +456,7 @@ class TRPO(SavedAlgorithm):
         surrogate = self._surrogate(rollout, layers)  # L(θ), D̄_KL(θ_old, θ)
         steps: list[PolicyStep] = []
         point = surrogate.start()
-        parts = self._parts(rollout.n_states)
+        parts = self._parts(rollout)
         for part in parts:
             at_start = part is None and not steps
             seen, local = (rollout, surrogate) if at_start else self._from_here(surrogate, rollout, part, layers)
@@ -455,12 +487,12 @@ class TRPO(SavedAlgorithm):
     def _surrogate(self, rollout: Rollout, layers: list[nn.Module]) -> Surrogate:
         return Surrogate(self._distribution, rollout.chunks(self._chunk_size), layers, self.ent_coef)
 
-    def _parts(self, n_states: int) -> list[th.Tensor | None]:
-        """The states that each step of the policy is computed from; None for all."""
+    def _parts(self, rollout: Rollout) -> list[th.Tensor | None]:
+        """The units of the rollout that each step of the policy is computed from; None for all."""
         if self.policy_batch_size is None:
             return [None] * self.n_policy_updates
-        n_parts = -(-n_states // self.policy_batch_size)
-        return [part for _ in range(self.n_policy_updates) for part in th.randperm(n_states).tensor_split(n_parts)]
+        n_parts = -(-rollout.n_units // rollout.units_in(self.policy_batch_size))
+        return [part for _ in range(self.n_policy_updates) for part in th.randperm(rollout.n_units).tensor_split(n_parts)]
 
     def _from_here(
         self, surrogate: Surrogate, rollout: Rollout, part: th.Tensor | None, layers: list[nn.Module]
@@ -493,11 +525,18 @@ class TRPO(SavedAlgorithm):
             return self.max_batch_size
         return IMAGE_CHUNK
 
+    def _read_rollout(self) -> Rollout:
+        return read_rollout(self.rollout_buffer, self.action_space)
+
     def _distribution(self, inputs: Inputs) -> Distribution:
         return self.policy.get_distribution(inputs)
 
     def _values(self, inputs: Inputs) -> th.Tensor:
         return self.policy.predict_values(inputs).flatten()
+
+    def _evaluate(self, rollout: Rollout) -> tuple[th.Tensor, th.Tensor]:
+        """The critic's outputs, and log-probabilities."""
+        return self.policy.evaluate_actions(rollout.inputs, rollout.actions)[:2]
 
     def _thinned(self, surrogate: Surrogate, rollout: Rollout, layers: list[nn.Module]) -> Surrogate:
         return surrogate if self.sub_sampling_factor == 1 else self._surrogate(rollout.thin(self.sub_sampling_factor), layers)
@@ -562,14 +601,14 @@ class TRPO(SavedAlgorithm):
         :return: what the regression did
         """
         critic = critic_parameters(self.policy, self._values, rollout.select(slice(1)).inputs, actor)
-        encode, head = value_function(self.policy, critic)
+        encode, head = value_function(self.policy, self._values, critic)
         if encode is not None:
             rollout = rollout.encoded(encode, self._chunk_size)
         if self.return_scaling:
             returns = rollout.returns
             rollout = replace(rollout, returns=returns / self._value_scale)
             if all_finite([returns]):
-                self.return_moments.update(returns.cpu().numpy().astype(np.float64))
+                self.return_moments.update(returns[rollout.is_real].cpu().numpy().astype(np.float64))
         if self.critic_method == "gauss_newton":
             return fit_gauss_newton(
                 head,
@@ -584,8 +623,7 @@ class TRPO(SavedAlgorithm):
             )
         return fit_minibatches(
             head,
-            rollout.inputs,
-            rollout.returns,
+            rollout,
             critic=critic,
             optimizer=self.policy.optimizer,
             batch_size=self.batch_size,

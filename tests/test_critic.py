@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -22,8 +23,7 @@ def critic_of(case):
 def fit(case, *, values=None, returns=None, critic=None, optimizer=None, batch_size=5, n_epochs=2):
     return fit_minibatches(
         case.values if values is None else values,
-        case.rollout.inputs,
-        case.rollout.returns if returns is None else returns,
+        case.rollout if returns is None else replace(case.rollout, returns=returns),
         critic=critic_of(case) if critic is None else critic,
         optimizer=case.policy.optimizer if optimizer is None else optimizer,
         batch_size=batch_size,

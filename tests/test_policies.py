@@ -121,7 +121,7 @@ def test_critic_that_is_constant_has_nothing(make_case):
 
 def test_values_in_two_parts_are_the_values(case):
     critic = critic_of(case)
-    encode, head = value_function(case.policy, critic)
+    encode, head = value_function(case.policy, case.values, critic)
     assert encode is not None
     th.testing.assert_close(head(encode(case.rollout.inputs)), case.values(case.rollout.inputs))
 
@@ -129,7 +129,7 @@ def test_values_in_two_parts_are_the_values(case):
 def test_shared_extractor_is_encoded_once_and_the_critics_own_is_not(make_case, learned_extractor):
     for share in (True, False):
         case = make_case("box", share_features_extractor=share, **learned_extractor)
-        encode, head = value_function(case.policy, critic_of(case))
+        encode, head = value_function(case.policy, case.values, critic_of(case))
         assert (encode is not None) == share
         inputs = case.rollout.inputs
         th.testing.assert_close(head(encode(inputs) if share else inputs), case.values(inputs))
@@ -137,7 +137,7 @@ def test_shared_extractor_is_encoded_once_and_the_critics_own_is_not(make_case, 
 
 def test_users_own_values_are_not_taken_apart(make_case):
     case = make_case("box", policy_class=OddlyNamedPolicy)
-    encode, head = value_function(case.policy, critic_of(case))
+    encode, head = value_function(case.policy, case.values, critic_of(case))
     assert encode is None
     th.testing.assert_close(head(case.rollout.inputs), case.values(case.rollout.inputs))
 

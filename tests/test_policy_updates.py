@@ -18,6 +18,7 @@ from sb3_trpo import TRPO
 from sb3_trpo.conjugate_gradient import Solution
 from sb3_trpo.line_search import Outcome, Search
 from sb3_trpo.parameters import flatten
+from sb3_trpo.rollout import Rollout
 
 TARGET_KL = 0.05
 CASES: dict[str, tuple[spaces.Space, dict[str, Any]]] = {
@@ -105,8 +106,8 @@ class Watched:
             self.solutions.append(solve(A, b, **kwargs))
             return self.solutions[-1]
 
-        def keep_parts(model: TRPO, n_states: int) -> list[th.Tensor | None]:
-            self.parts = parts(model, n_states)
+        def keep_parts(model: TRPO, rollout: Rollout) -> list[th.Tensor | None]:
+            self.parts = parts(model, rollout)
             return self.parts
 
         monkeypatch.setattr(sb3_trpo.trpo, "conjugate_gradient", conjugate_gradient)
@@ -172,6 +173,12 @@ def test_lengths_add_up_to_the_radius_of_the_trust_region(monkeypatch: pytest.Mo
 # ---- parts
 
 
+def states(n_states: int) -> Rollout:
+    """A rollout that is all zeros."""
+    zeros = th.zeros(n_states)
+    return Rollout(zeros, zeros, zeros, zeros, zeros)
+
+
 @pytest.mark.parametrize(
     ("n_states", "size", "n_parts"), [(64, 64, 1), (64, 16, 4), (64, 25, 3), (64, 63, 2), (7, 1, 7), (10, 4, 3)]
 )
@@ -180,7 +187,7 @@ def test_parts_cover_every_state_once_a_pass_and_are_of_nearly_equal_size(
     n_states: int, size: int, n_parts: int, n_passes: int
 ) -> None:
     model = make(n_policy_updates=n_passes, n_steps=n_states, policy_batch_size=size, batch_size=n_states)
-    parts = model._parts(n_states)
+    parts = model._parts(states(n_states))
     assert len(parts) == n_passes * n_parts
     sizes = [len(part) for part in parts]
     assert max(sizes) <= size
@@ -195,7 +202,7 @@ def test_parts_cover_every_state_once_a_pass_and_are_of_nearly_equal_size(
 def test_without_a_batch_nothing_is_shuffled() -> None:
     model = make(n_policy_updates=3)
     state = th.get_rng_state()
-    assert model._parts(64) == [None] * 3
+    assert model._parts(states(64)) == [None] * 3
     assert th.equal(th.get_rng_state(), state)
 
 

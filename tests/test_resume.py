@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import KVWriter, Logger
@@ -30,9 +31,12 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_trpo import (
+    NPG,
     TRPO,
     CheckpointCallback,
     CorruptCheckpointError,
+    MaskableTRPO,
+    RecurrentTRPO,
     ResumableEnv,
     UntrustedFileError,
     WatchedSubprocVecEnv,
@@ -61,7 +65,7 @@ class Memory(KVWriter):
         pass
 
 
-def make_env(task: str, normalize: bool = True) -> VecEnv:
+def make_env(task: Any, normalize: bool = True) -> VecEnv:
     env: VecEnv = make_vec_env(task, N_ENVS)
     return VecNormalize(env, gamma=0.98) if normalize else env
 
@@ -129,7 +133,7 @@ def assert_resumes(make_one: Callable[[], TRPO], env: Callable[[], VecEnv], path
     scramble()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = TRPO.resume(path, env(), device="cpu", **kwargs)
+        model = type(whole).resume(path, env(), device="cpu", **kwargs)
     assert model.num_timesteps == 3 * PER_UPDATE
     again = run(model, resumed=True)
     assert again == rows[-len(again) :]
@@ -154,6 +158,28 @@ def test_noise_and_the_other_critic_are_resumed(kwargs: dict[str, Any], tmp_path
         return make_env("Pendulum-v1")
 
     assert_resumes(lambda: make(env(), **kwargs), env, tmp_path / "checkpoint.zip")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "policy", "env_id", "kwargs"),
+    [
+        (NPG, "MlpPolicy", "Pendulum-v1", {"actor_step_size": 0.1}),
+        (TRPO, "MlpPolicy", "Pendulum-v1", {"cg_warm_start": True, "return_scaling": True, "policy_batch_size": 20}),
+        (RecurrentTRPO, "MlpLstmPolicy", "Pendulum-v1", {}),
+        (MaskableTRPO, "MlpPolicy", lambda: InvalidActionEnvDiscrete(8, n_invalid_actions=3), {}),
+    ],
+    ids=["npg", "options", "recurrent", "maskable"],
+)
+def test_every_algorithm_is_resumed(
+    algorithm: type[TRPO], policy: str, env_id: Any, kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    def env() -> VecEnv:
+        return make_env(env_id, normalize=env_id == "Pendulum-v1")
+
+    def make_one() -> TRPO:
+        return algorithm(policy, env(), n_steps=N_STEPS, batch_size=32, seed=3, device="cpu", **kwargs)
+
+    assert_resumes(make_one, env, tmp_path / "checkpoint.zip")
 
 
 def test_schedules_that_are_functions_are_resumed_with_trust(tmp_path: Path) -> None:

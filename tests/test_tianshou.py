@@ -256,7 +256,8 @@ def test_return_scaling_is_theirs(critic_method: str, monkeypatch: pytest.Monkey
         fit = getattr(sb3_trpo.trpo, name)
 
         def spy(values: Any, rollout: Any, *args: Any, fit: Any = fit, **kwargs: Any) -> Any:
-            targets.append(args[0] if args else th.cat([chunk.returns for chunk in rollout]))
+            chunks = rollout if isinstance(rollout, list) else [rollout]
+            targets.append(th.cat([chunk.returns for chunk in chunks]))
             return fit(values, rollout, *args, **kwargs)
 
         monkeypatch.setattr(sb3_trpo.trpo, name, spy)

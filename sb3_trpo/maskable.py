@@ -1,0 +1,243 @@
+"""Trust Region Policy Optimization for tasks where some actions are invalid at times."""
+
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from sb3_contrib import MaskablePPO
+from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
+from sb3_contrib.common.maskable.policies import (
+    MaskableActorCriticCnnPolicy,
+    MaskableActorCriticPolicy,
+    MaskableMultiInputActorCriticPolicy,
+)
+from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
+
+from sb3_trpo.acting import Actor, Observations, make_lean_actor
+from sb3_trpo.critic import CriticFit
+from sb3_trpo.rollout import Inputs, Rollout
+from sb3_trpo.trpo import TRPO
+
+SelfMaskableTRPO = TypeVar("SelfMaskableTRPO", bound="MaskableTRPO")
+
+MlpPolicy = MaskableActorCriticPolicy
+
+
+class CnnPolicy(MaskableActorCriticCnnPolicy):
+    """
+    sb3-contrib's maskable CNN policy, with a features extractor each for actor and critic unless told otherwise.
+
+    :param args: as sb3-contrib's ``MaskableActorCriticCnnPolicy``
+    :param kwargs: as sb3-contrib's ``MaskableActorCriticCnnPolicy``; for ``share_features_extractor`` see
+        :class:`~sb3_trpo.policies.CnnPolicy`
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("share_features_extractor", False)
+        super().__init__(*args, **kwargs)
+
+
+class MultiInputPolicy(MaskableMultiInputActorCriticPolicy):
+    """
+    sb3-contrib's maskable policy for Dict observations, with a features extractor each for actor and critic.
+
+    :param args: as sb3-contrib's ``MaskableMultiInputActorCriticPolicy``
+    :param kwargs: as sb3-contrib's ``MaskableMultiInputActorCriticPolicy``; for ``share_features_extractor`` see
+        :class:`~sb3_trpo.policies.CnnPolicy`
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("share_features_extractor", False)
+        super().__init__(*args, **kwargs)
+
+
+class MaskableTRPO(TRPO):
+    """
+    TRPO with invalid actions masked, on the policies, buffers and wrappers of sb3-contrib's ``MaskablePPO``.
+
+    The environment says which actions are valid, by a method ``action_masks()`` of its own or by sb3-contrib's
+    ``ActionMasker``. The masks that an action was chosen under are part of the old and of every new distribution: invalid
+    actions have no probability, and no share in KL and Fisher matrix.
+
+    Takes the arguments of :class:`TRPO`, for Discrete, MultiDiscrete and one-dimensional MultiBinary actions.
+
+    :param policy: policy class, or its name: ``MlpPolicy``, ``CnnPolicy``, ``MultiInputPolicy``
+    :param env: as :class:`TRPO`
+    :param args: as :class:`TRPO`, from ``learning_rate`` on
+    :param kwargs: as :class:`TRPO`
+    :raises ValueError: an argument is out of range; the message names it, its value and what is allowed
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: MaskableActorCriticPolicy  # type: ignore[assignment]
+    rollout_buffer: MaskableRolloutBuffer | MaskableDictRolloutBuffer
+    #: Whether actions are masked while collecting; set by :meth:`learn`.
+    use_masking = True
+
+    def _setup_networks(self) -> None:
+        if not issubclass(self.policy_class, MaskableActorCriticPolicy):
+            raise ValueError(
+                f"policy={self.policy_class.__name__} is not allowed: it must derive from sb3-contrib's "
+                "MaskableActorCriticPolicy"
+            )
+        if not isinstance(self.action_space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+            raise ValueError(
+                f"the action space {self.action_space} is not allowed: it must be Discrete, MultiDiscrete or MultiBinary"
+            )
+        has_dict = isinstance(self.observation_space, spaces.Dict)
+        usual = MaskableDictRolloutBuffer if has_dict else MaskableRolloutBuffer
+        buffer_class = self.rollout_buffer_class or usual
+        if not issubclass(buffer_class, usual):
+            raise ValueError(
+                f"rollout_buffer_class={buffer_class.__name__} is not allowed: "
+                f"it must derive from sb3-contrib's {usual.__name__}"
+            )
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        self.rollout_buffer = buffer_class(
+            self.n_steps,
+            self.observation_space,  # type: ignore[arg-type]
+            self.action_space,
+            self.device,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            n_envs=self.n_envs,
+            **self.rollout_buffer_kwargs,
+        )
+        self.policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs).to(
+            self.device
+        )
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
+        use_masking: bool | None = None,
+    ) -> bool:
+        """
+        Fill the buffer by acting with the policy, on valid actions only.
+
+        :param env: as :meth:`TRPO.collect_rollouts`
+        :param callback: as :meth:`TRPO.collect_rollouts`
+        :param rollout_buffer: as :meth:`TRPO.collect_rollouts`
+        :param n_rollout_steps: as :meth:`TRPO.collect_rollouts`
+        :param use_masking: whether to mask invalid actions; None for what :meth:`learn` was told
+        :return: as :meth:`TRPO.collect_rollouts`
+        :raises ValueError: the environment does not say which actions are valid
+        """
+        if use_masking is not None:
+            self.use_masking = use_masking
+        if self.use_masking and not is_masking_supported(env):
+            raise ValueError(
+                "use_masking=True is not allowed with this environment: it must have a method action_masks, of its own or by "
+                "sb3-contrib's ActionMasker"
+            )
+        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+
+    def _collect_step_by_step(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        return MaskablePPO.collect_rollouts(
+            self,  # type: ignore[arg-type]
+            env,
+            callback,
+            rollout_buffer,
+            n_rollout_steps,
+            self.use_masking,
+        )
+
+    def _make_actor(self, env: VecEnv, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> Actor:
+        policy, stored, use_masking = self.policy, self.rollout_buffer.action_masks, self.use_masking
+        shape: tuple[int, ...] = self.action_space.shape  # type: ignore[assignment]
+        lean_act = make_lean_actor(policy, n_rollout_steps, env.num_envs)
+
+        def act(observations: Observations, step: int) -> np.ndarray:
+            action_masks: np.ndarray | None = None
+            if use_masking:
+                stored[step] = get_action_masks(env).reshape(stored.shape[1:])
+                action_masks = stored[step] > 0.5
+            if lean_act is not None:
+                return lean_act(observations, step, action_masks)
+            with th.no_grad():
+                distribution = policy.get_distribution(obs_as_tensor(observations, policy.device), action_masks)
+            return distribution.get_actions().cpu().numpy().reshape(-1, *shape)
+
+        return act
+
+    def _evaluate(self, rollout: Rollout) -> tuple[th.Tensor, th.Tensor]:
+        observations, action_masks = _apart(rollout.inputs)
+        return self.policy.evaluate_actions(observations, rollout.actions, action_masks=action_masks)[:2]
+
+    def _distribution(self, inputs: Inputs) -> Distribution:
+        observations, action_masks = _apart(inputs)
+        return self.policy.get_distribution(observations, action_masks=action_masks)
+
+    def _fit_critic(self, rollout: Rollout, actor: list[nn.Parameter]) -> CriticFit:
+        return super()._fit_critic(replace(rollout, inputs=_apart(rollout.inputs)[0]), actor)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Choose an action, or one for each environment.
+
+        :param observation: observations
+        :param state: not used; handed back
+        :param episode_start: not used
+        :param deterministic: the most likely action instead of a sample
+        :param action_masks: which actions are valid; None for all
+        :return: actions, and ``state``
+        """
+        return self.policy.predict(observation, state, episode_start, deterministic, action_masks=action_masks)
+
+    def learn(  # type: ignore[override] # the order of arguments is that of MaskablePPO
+        self: SelfMaskableTRPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "MaskableTRPO",
+        reset_num_timesteps: bool = True,
+        use_masking: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfMaskableTRPO:
+        """
+        Train.
+
+        :param total_timesteps: as :class:`TRPO`
+        :param callback: as :class:`TRPO`
+        :param log_interval: as :class:`TRPO`
+        :param tb_log_name: name of the run in TensorBoard
+        :param reset_num_timesteps: as :class:`TRPO`
+        :param use_masking: whether to mask invalid actions while collecting
+        :param progress_bar: as :class:`TRPO`
+        :return: the model
+        """
+        self.use_masking = use_masking
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+
+def _apart(inputs: Inputs) -> tuple[Any, Any]:
+    """Observations and action masks."""
+    assert isinstance(inputs, dict)
+    return inputs["observations"], inputs["action_masks"]
