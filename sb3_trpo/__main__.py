@@ -16,7 +16,7 @@ from typing import NamedTuple
 import gymnasium as gym
 
 from sb3_trpo import __version__
-from sb3_trpo.hyperparameters import InputError, closest
+from sb3_trpo.user_input import InputError, closest
 
 
 class Command(NamedTuple):

@@ -25,9 +25,9 @@ from rl_zoo3.utils import StoreDict
 from tqdm import tqdm
 
 from sb3_trpo.compare import report
-from sb3_trpo.hyperparameters import InputError, closest
 from sb3_trpo.jobs import RANDOM, TIANSHOU, Job, hyperparameters_of, run
 from sb3_trpo.plots import plot
+from sb3_trpo.user_input import InputError, closest
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

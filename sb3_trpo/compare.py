@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from pytablewriter import MarkdownTableWriter
 from rliable import library, metrics
 
-from sb3_trpo.hyperparameters import InputError
 from sb3_trpo.plots import read_results, save
+from sb3_trpo.user_input import InputError
 
 #: Bootstrap samples of each interval.
 N_BOOTSTRAP = 2000

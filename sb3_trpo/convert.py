@@ -17,7 +17,8 @@ import yaml
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_action_dim
 
-from sb3_trpo.hyperparameters import InputError, closest, read
+from sb3_trpo.hyperparameters import read
+from sb3_trpo.user_input import InputError, closest
 
 #: sb3-contrib's defaults of what refers to its KL.
 THEIR_DEFAULTS = {"target_kl": 0.01, "cg_damping": 0.1}

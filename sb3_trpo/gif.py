@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sb3_trpo.hyperparameters import InputError
+from sb3_trpo.user_input import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> None:

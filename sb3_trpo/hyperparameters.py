@@ -1,14 +1,14 @@
 """Hyperparameter files in RL Zoo's format: which keys an entry may have, and where in the file a wrong one stands."""
 
-import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from sb3_trpo.user_input import InputError, closest
 from sb3_trpo.validation import check_arguments
 
 #: What the zoo reads itself, for any on-policy algorithm.
@@ -29,22 +29,6 @@ ZOO_KEYS = frozenset(
 GIVEN_BY_ZOO = frozenset({"env", "tensorboard_log", "seed", "verbose", "device", "_init_setup_model"})
 #: Arguments for which ``lin_0.1`` stands for a schedule that falls from 0.1 to 0.
 SCHEDULES = ("learning_rate", "target_kl")
-
-
-class InputError(ValueError):
-    """Something that the user gave cannot be used; the message says what, and what can."""
-
-
-def closest(name: str, names: Iterable[str]) -> str:
-    """
-    Suggest what a misspelt name may have meant.
-
-    :param name: the unknown name
-    :param names: the known ones
-    :return: ``"; did you mean 'this'?"``, or nothing
-    """
-    matches = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def folder() -> Path:

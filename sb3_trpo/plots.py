@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from stable_baselines3.common.monitor import LoadMonitorResultsError, load_results
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sb3_trpo.hyperparameters import InputError
+from sb3_trpo.user_input import InputError
 
 #: Columns of a results file: one row for each evaluation of each run.
 RESULT_COLUMNS = ["env", "algorithm", "seed", "steps", "seconds", "mean_return"]
