@@ -31,17 +31,19 @@ class Command(NamedTuple):
     help: str
 
 
-def zoo(module: str, *given: str) -> Callable[[list[str]], None]:
+def zoo(module: str, *given: str, one_env: bool = True) -> Callable[[list[str]], None]:
     """
     Forward a command to RL Zoo.
 
     :param module: the zoo's module
     :param given: arguments to put before the user's, which therefore prevail
+    :param one_env: ``--env`` must be an environment's id; False where it is a part of a folder's name
     :return: the command
     """
 
     def run(arguments: list[str]) -> None:
-        check_env(arguments)
+        if one_env:
+            check_env(arguments)
         importlib.import_module("sb3_trpo.zoo")
         sys.argv[1:] = [*given, *arguments]
         runpy.run_module(module, run_name="__main__")
@@ -72,14 +74,13 @@ def check_env(arguments: Sequence[str]) -> None:
     :raises InputError: ``--env`` names no registered environment
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--env", nargs="*", default=[])
+    parser.add_argument("--env")
     parser.add_argument("--gym-packages", nargs="+", default=[])
     known, _ = parser.parse_known_args(arguments)
     for package in ["rl_zoo3.import_envs", *known.gym_packages]:
         importlib.import_module(package)
-    for env_id in known.env:
-        if env_id not in gym.registry:
-            raise InputError(f"{env_id}: unknown environment{closest(env_id, gym.registry)}")
+    if known.env is not None and known.env not in gym.registry:
+        raise InputError(f"{known.env}: unknown environment{closest(known.env, gym.registry)}")
 
 
 _train = partial(zoo, "rl_zoo3.train", "--algo", "trpo")
@@ -94,9 +95,11 @@ COMMANDS = {
     "plot": Command(own("sb3_trpo.plots"), "draw learning curves and the trust region, from a folder or a results file"),
     "benchmark": Command(own("sb3_trpo.benchmark"), "train and compare algorithms, over environments and seeds"),
     "convert": Command(own("sb3_trpo.convert"), "convert hyperparameters of sb3-contrib's TRPO"),
-    "plot-train": Command(zoo("rl_zoo3.cli", "plot_train"), "RL Zoo's plot of training episodes"),
-    "all-plots": Command(zoo("rl_zoo3.cli", "all_plots"), "RL Zoo's plots and table of evaluations"),
-    "plot-from-file": Command(zoo("rl_zoo3.cli", "plot_from_file"), "RL Zoo's plots from the file of all-plots"),
+    "plot-train": Command(zoo("rl_zoo3.cli", "plot_train", one_env=False), "RL Zoo's plot of training episodes"),
+    "all-plots": Command(zoo("rl_zoo3.cli", "all_plots", one_env=False), "RL Zoo's plots and table of evaluations"),
+    "plot-from-file": Command(
+        zoo("rl_zoo3.cli", "plot_from_file", one_env=False), "RL Zoo's plots from the file of all-plots"
+    ),
 }
 
 
@@ -108,7 +111,8 @@ def said_by_zoo(error: BaseException) -> bool:
     :return: whether the zoo raised it
     """
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals["__spec__"].name.startswith(("rl_zoo3", "huggingface_sb3"))
+    module = getattr(frame.f_globals.get("__spec__"), "name", "")
+    return module.startswith(("rl_zoo3", "huggingface_sb3"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -49,6 +49,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--threshold", nargs="+", action=StoreDict, default={}, help="ENV:RETURN, for the time to it (default: Gymnasium's)"
     )
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: where the machine does other work")
     parser.add_argument("--gym-packages", nargs="+", default=[], help="packages that register environments")
     return parser.parse_args(argv)
 
@@ -210,5 +211,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{len(failed)} of {len(jobs)} trainings failed; the same command tries them again")
     collect(jobs, results)
     mpl.use("Agg")
-    plot(arguments.output)
-    report(results, arguments.threshold)
+    plot(arguments.output, clock=arguments.clock)
+    report(results, arguments.threshold, arguments.clock)

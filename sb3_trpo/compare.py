@@ -227,15 +227,16 @@ def draw(estimates: Estimates) -> Figure:
     return figure
 
 
-def report(path: Path, given: Mapping[str, float]) -> None:
+def report(path: Path, given: Mapping[str, float], clock: str = "wall") -> None:
     """
     Print the tables of a results file, and leave them and their picture beside it.
 
     :param path: the CSV file
     :param given: environment ↦ threshold, where it is not to be Gymnasium's
+    :param clock: ``"wall"``, or ``"cpu"`` for seconds of the process alone
     :raises InputError: the runs do not suffice
     """
-    results = read_results(path)
+    results = read_results(path, clock)
     estimates = estimate(scores(results))
     text = tables(results, estimates, thresholds(sorted(results["env"].unique()), given))
     print(text)

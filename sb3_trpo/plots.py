@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sb3_trpo.user_input import InputError
 
 #: Columns of a results file: one row for each evaluation of each run.
-RESULT_COLUMNS = ["env", "algorithm", "seed", "steps", "seconds", "mean_return"]
+RESULT_COLUMNS = ["env", "algorithm", "seed", "steps", "seconds", "cpu_seconds", "mean_return"]
 #: What the log says about an update ↦ what the picture calls it. ``target_kl`` is in the logs of our algorithms only.
 UPDATE_TAGS = {
     "train/kl_divergence_loss": "kl",
@@ -37,11 +37,12 @@ COUNTS = ("cg_iterations", "backtracks")
 LEGEND_RUNS = 12
 
 
-def read_results(path: Path) -> pd.DataFrame:
+def read_results(path: Path, clock: str = "wall") -> pd.DataFrame:
     """
     Read the results file of ``benchmark``.
 
     :param path: the CSV file
+    :param clock: ``"wall"``, or ``"cpu"`` for seconds of the process alone, where the machine did other work
     :return: one row for each evaluation
     :raises InputError: the file is none, or has no row
     """
@@ -54,7 +55,7 @@ def read_results(path: Path) -> pd.DataFrame:
         raise InputError(f"{path}: not a results file: it has no column {', '.join(missing)}")
     if results.empty:
         raise InputError(f"{path}: no results in it yet")
-    return results
+    return results.assign(seconds=results["cpu_seconds"]) if clock == "cpu" else results
 
 
 def read_episodes(folder: Path) -> pd.DataFrame:
@@ -218,12 +219,13 @@ def save(figure: Figure, path: Path) -> None:
         print(path.with_name(path.name + ending))
 
 
-def plot(path: Path, output: Path | None = None) -> list[Path]:
+def plot(path: Path, output: Path | None = None, clock: str = "wall") -> list[Path]:
     """
     Draw what there is: learning curves from a results file or from Monitor files, the trust region from TensorBoard logs.
 
     :param path: results file, or a folder with runs below it
     :param output: folder for the pictures; None for ``path``, or the folder it is in
+    :param clock: of a results file, as for :func:`read_results`
     :return: the pictures, without ending
     :raises InputError: nothing can be drawn
     """
@@ -235,7 +237,7 @@ def plot(path: Path, output: Path | None = None) -> list[Path]:
     figures = {}
     results = path / "results.csv" if path.is_dir() else path
     if results.exists():
-        figures["learning_curves"] = compare_learning(read_results(results).query("steps > 0"))
+        figures["learning_curves"] = compare_learning(read_results(results, clock).query("steps > 0"))
     elif not (episodes := read_episodes(folder)).empty:
         figures["learning_curves"] = draw_learning(episodes)
     if path.is_dir() and not (updates := read_updates(folder)).empty:
@@ -257,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="sb3_trpo plot", description="Learning curves and trust region, as PNG and SVG.")
     parser.add_argument("path", type=Path, help="folder of a run, a folder of runs, or a results.csv")
     parser.add_argument("-o", "--output", type=Path, help="folder for the pictures (default: beside the results)")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="seconds of a results file")
     arguments = parser.parse_args(argv)
     mpl.use("Agg")
-    plot(arguments.path, arguments.output)
+    plot(arguments.path, arguments.output, arguments.clock)

@@ -82,9 +82,9 @@ def test_optimize(run: Run, tmp_path: Path) -> None:
 @with_zoo
 def test_the_zoos_own_algorithms_and_plots_are_there(run: Run) -> None:
     assert run("train", "--algo", "a2c", "--env", "CartPole-v1", "-n", "16", "--eval-freq", "-1")[0] == 0
-    status, out, _ = run("all-plots", "--help")
+    status, out, _ = run("all-plots", "--algos", "a2c", "--env", "CartPole", "--exp-folders", "logs", "--no-display")
     assert status == 0
-    assert "usage: Gather results" in out
+    assert "results_table" in out  # --env is part of a folder's name there
 
 
 @with_zoo

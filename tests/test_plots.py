@@ -109,14 +109,16 @@ def test_pictures_of_a_folder_and_of_a_results_file(folder: Path, tmp_path: Path
     }
     pd.DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
     assert plots.plot(tmp_path / "results.csv") == [tmp_path / "learning_curves"]
+    assert list(plots.read_results(tmp_path / "results.csv")["seconds"]) == [1.0, 1.0]
+    assert list(plots.read_results(tmp_path / "results.csv", clock="cpu")["seconds"]) == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("", "not a results file"),
-        ("a,b\n1,2\n", "it has no column env, algorithm, seed, steps, seconds, mean_return"),
-        ("env,algorithm,seed,steps,seconds,mean_return\n", "no results in it yet"),
+        ("a,b\n1,2\n", "it has no column env, algorithm, seed, steps, seconds, cpu_seconds, mean_return"),
+        ("env,algorithm,seed,steps,seconds,cpu_seconds,mean_return\n", "no results in it yet"),
     ],
 )
 def test_a_file_without_results_is_refused(tmp_path: Path, text: str, words: str) -> None:
