@@ -179,21 +179,23 @@ def tables(results: pd.DataFrame, estimates: Estimates, levels: Mapping[str, flo
         f"seconds until an evaluation reaches the threshold, of the runs that do. Thresholds: {named or 'none'}.\n\n",
         MarkdownTableWriter(
             table_name="Interquartile mean of normalised scores",
-            headers=["Algorithm", "IQM", "95 % interval"],
-            value_matrix=[[name, f"{x:.3f}", _ends(estimates.iqm_interval[name])] for name, x in estimates.iqm.items()],
+            headers=["Algorithm", "IQM, 95 % interval"],
+            value_matrix=[[name, f"{x:.3f} ({_ends(estimates.iqm_interval[name])})"] for name, x in estimates.iqm.items()],
         ).dumps(),
         "A score is 0 at the return of random actions and 1 at the mean return of the environment's best algorithm.\n\n",
         MarkdownTableWriter(
             table_name="Probability of improvement",
-            headers=["X", "Y", "P(X > Y)", "95 % interval"],
-            value_matrix=[[*pair, f"{p:.2f}", _ends(estimates.better_interval[pair])] for pair, p in estimates.better.items()],
+            headers=["X", "Y", "P(X > Y), 95 % interval"],
+            value_matrix=[
+                [*pair, f"{p:.3f} ({_ends(estimates.better_interval[pair])})"] for pair, p in estimates.better.items()
+            ],
         ).dumps(),
     ]
     return "\n".join(parts)
 
 
 def _ends(interval: np.ndarray) -> str:
-    return f"{interval[0]:.2f} to {interval[1]:.2f}"
+    return f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def draw(estimates: Estimates) -> Figure:

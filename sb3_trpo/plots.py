@@ -15,7 +15,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from stable_baselines3.common.monitor import LoadMonitorResultsError, load_results
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -130,9 +130,11 @@ def compare_learning(results: pd.DataFrame) -> Figure:
     )
     grid.set_titles(row_template="{row_name}", col_template="")
     grid.set_ylabels("return")
-    for column, label in enumerate(["environment steps", "seconds of training, without evaluations"]):
+    for column, label in enumerate(["environment steps", "seconds of training"]):
         for axes in grid.axes[:, column]:
             axes.set(xlabel=label, xlim=(0, None))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    grid.tight_layout()
     return grid.figure
 
 
@@ -202,7 +204,7 @@ def _colors(frame: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
 def _legend(figure: Figure, colors: dict[str, tuple[float, float, float]]) -> None:
     if len(colors) <= LEGEND_RUNS:
         handles = [Line2D([], [], color=color, label=run) for run, color in colors.items()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
+        figure.legend(handles=handles, loc="outside lower center", ncols=max(1, 90 // (8 + max(map(len, colors)))))
 
 
 def save(figure: Figure, path: Path) -> None:

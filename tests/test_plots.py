@@ -105,6 +105,7 @@ def test_pictures_of_a_folder_and_of_a_results_file(folder: Path, tmp_path: Path
         "seed": [0, 1],
         "steps": 100,
         "seconds": 1.0,
+        "cpu_seconds": 0.5,
         "mean_return": [9.0, 11.0],
     }
     pd.DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
