@@ -29,6 +29,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import nn
 
 import sb3_trpo
+from sb3_trpo.tianshou_peer import TIANSHOU_SHAPE
 
 th.set_num_threads(1)
 
@@ -103,18 +104,6 @@ ZOO_PPO: dict[str, tuple[int, dict[str, Any]]] = {
     ),
 }
 
-#: Tianshou's example for MuJoCo (examples/mujoco/mujoco_trpo.py): the shape of its rollouts, and the algorithm's arguments.
-TIANSHOU_SHAPE = {"n_envs": 16, "n_steps": 64}
-TIANSHOU_TRPO: dict[str, Any] = {
-    "gamma": 0.99,
-    "gae_lambda": 0.95,
-    "return_scaling": True,
-    "advantage_normalization": True,
-    "optim_critic_iters": 20,
-    "max_kl": 0.01,
-    "backtrack_coeff": 0.8,
-    "max_backtracks": 10,
-}
 #: The same problem in our terms: its KL is the joint one already, its damping 0.1 is fixed.
 TIANSHOU_AS_OURS: dict[str, Any] = {
     "n_steps": TIANSHOU_SHAPE["n_steps"],
@@ -188,37 +177,6 @@ def begin(model: OnPolicyAlgorithm) -> Any:
     _, callback = model._setup_learn(10**9, None)
     callback.on_training_start(locals(), globals())
     return callback
-
-
-def tianshou_trpo(observation_space: spaces.Box, action_space: spaces.Box, hidden: tuple[int, ...] = (64, 64)) -> Any:
-    """Tianshou's TRPO as its MuJoCo example builds it."""
-    from tianshou.algorithm import TRPO
-    from tianshou.algorithm.modelfree.reinforce import ProbabilisticActorPolicy
-    from tianshou.algorithm.optim import AdamOptimizerFactory
-    from tianshou.utils.net.common import Net
-    from tianshou.utils.net.continuous import ContinuousActorProbabilistic, ContinuousCritic
-    from torch.distributions import Distribution, Independent, Normal
-
-    def network() -> Net:
-        return Net(state_shape=observation_space.shape, hidden_sizes=hidden, activation=nn.Tanh)
-
-    def gaussian(loc_scale: tuple[th.Tensor, th.Tensor]) -> Distribution:
-        return Independent(Normal(*loc_scale), 1)
-
-    actor = ContinuousActorProbabilistic(preprocess_net=network(), action_shape=action_space.shape, unbounded=True)
-    critic = ContinuousCritic(preprocess_net=network())
-    nn.init.constant_(actor.sigma_param, -0.5)
-    for module in [*actor.modules(), *critic.modules()]:
-        if isinstance(module, nn.Linear):
-            nn.init.orthogonal_(module.weight, gain=np.sqrt(2))
-            nn.init.zeros_(module.bias)
-    for module in actor.mu.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data.mul_(0.01)
-    policy = ProbabilisticActorPolicy(
-        actor=actor, dist_fn=gaussian, action_scaling=True, action_bound_method="clip", action_space=action_space
-    )
-    return TRPO(policy=policy, critic=critic, optim=AdamOptimizerFactory(lr=1e-3), **TIANSHOU_TRPO)
 
 
 def load_into_tianshou(policy: ActorCriticPolicy, algorithm: Any) -> None:

@@ -29,6 +29,8 @@ from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
+from sb3_trpo.tianshou_peer import tianshou_trpo
+
 N_STATES = 2048
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -119,7 +121,7 @@ def tianshou_contender(task: str, clock: Callable[[], float]) -> Contender:
     env = VectorEnvNormObs(DummyVectorEnv([lambda: gym.make(task) for _ in range(n_envs)]))
     env.seed(0)
     single = gym.make(task)
-    algorithm = peers.tianshou_trpo(single.observation_space, single.action_space)
+    algorithm = tianshou_trpo(single.observation_space, single.action_space)
     collector = Collector(algorithm, env, VectorReplayBuffer(4096, n_envs), exploration_noise=True)
     collector.reset()
 

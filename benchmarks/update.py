@@ -47,6 +47,7 @@ from sb3_trpo.fisher import FisherOperator
 from sb3_trpo.policies import actor_parameters
 from sb3_trpo.rollout import Rollout, normalize_advantages, read_rollout
 from sb3_trpo.surrogate import Surrogate
+from sb3_trpo.tianshou_peer import tianshou_trpo
 
 FRAMES = spaces.Box(0, 255, (4, 84, 84), np.uint8)
 BUFFER_ARRAYS = ("observations", "actions", "rewards", "advantages", "returns", "episode_starts", "log_probs", "values")
@@ -226,7 +227,7 @@ class Tianshou:
     def __init__(self, model: OnPolicyAlgorithm) -> None:
         from tianshou.data import Batch
 
-        self.algorithm = peers.tianshou_trpo(model.observation_space, model.action_space)
+        self.algorithm = tianshou_trpo(model.observation_space, model.action_space)
         peers.load_into_tianshou(model.policy, self.algorithm)
         rollout = normalize_advantages(read_rollout(model.rollout_buffer, model.action_space))
         observations = np.asarray(rollout.inputs)

@@ -1,0 +1,13 @@
+"""Sphinx's settings."""
+
+from sb3_trpo import __version__
+
+project = "sb3_trpo"
+release = version = __version__
+copyright = author = "The sb3_trpo developers"
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"sb3_trpo {__version__}"
+autodoc_typehints = "none"  # the docstrings say it in words
+myst_heading_anchors = 3

@@ -1,0 +1,120 @@
+"""Hyperparameter files in RL Zoo's format: which keys an entry may have, and where in the file a wrong one stands."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from sb3_trpo.user_input import InputError, closest
+from sb3_trpo.validation import check_arguments
+
+#: What the zoo reads itself, for any on-policy algorithm.
+ZOO_KEYS = frozenset(
+    {
+        "callback",
+        "env_kwargs",
+        "env_wrapper",
+        "frame_stack",
+        "monitor_kwargs",
+        "n_envs",
+        "n_timesteps",
+        "normalize",
+        "vec_env_wrapper",
+    }
+)
+#: Constructor arguments that the zoo gives itself.
+GIVEN_BY_ZOO = frozenset({"env", "tensorboard_log", "seed", "verbose", "device", "_init_setup_model"})
+#: Arguments for which ``lin_0.1`` stands for a schedule that falls from 0.1 to 0.
+SCHEDULES = ("learning_rate", "target_kl")
+
+
+def folder() -> Path:
+    """
+    Our hyperparameter files: inside the installed package, or beside it in a checkout.
+
+    :return: the folder ``zoo_hyperparams``
+    """
+    here = Path(__file__).resolve().parent
+    return next(path for path in (here / "zoo_hyperparams", here.parent / "zoo_hyperparams") if path.is_dir())
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """
+    Read a file of hyperparameters.
+
+    :param path: the YAML file
+    :return: hyperparameters of each environment, by its id
+    :raises InputError: no such file, broken YAML, or not one mapping for each environment
+    """
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(entries, dict):
+        raise InputError(f"{path}: must map environment ids to hyperparameters")
+    for name, entry in entries.items():
+        if not isinstance(entry, dict):
+            raise InputError(f"{path}: {name} must be a mapping of hyperparameters, and is {entry!r}")
+    return entries
+
+
+def lines(path: Path, entry: str) -> dict[str, int]:
+    """
+    Find the keys of one entry in its file, those from a merged anchor (``<<: *defaults``) included.
+
+    :param path: the YAML file
+    :param entry: environment id
+    :return: line of each key, counted from 1
+    """
+    loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+    root = loader.get_single_node()
+    for key, value in root.value:
+        if key.value == entry:
+            loader.flatten_mapping(value)  # merged keys come first, so that the entry's own replace them below
+            return {node.value: node.start_mark.line + 1 for node, _ in value.value}
+    return {}
+
+
+def check(algorithm: type[BaseAlgorithm], hyperparameters: Mapping[str, Any], places: Mapping[str, str]) -> None:
+    """
+    Check names and values, before anything is built.
+
+    :param algorithm: the class whose constructor gets them
+    :param hyperparameters: an entry of a file, with the overrides of the command line
+    :param places: where each of them stands, for the message
+    :raises InputError: a name that neither the zoo nor the constructor knows, or a value out of range
+    """
+    known = ZOO_KEYS | inspect.signature(algorithm).parameters.keys() - GIVEN_BY_ZOO
+    rules = getattr(algorithm, "argument_rules", {})
+    for name, value in hyperparameters.items():
+        place = places.get(name, "hyperparameters")
+        if name not in known:
+            raise InputError(f"{place}: unknown hyperparameter {name!r} of {algorithm.__name__}{closest(name, known)}")
+        if name in rules and not (name in SCHEDULES and is_linear(value)):
+            try:
+                check_arguments({name: rules[name]}, hyperparameters)
+            except ValueError as error:
+                raise InputError(f"{place}: {error}") from error
+
+
+def is_linear(value: Any) -> bool:
+    """
+    Recognise the zoo's word for a linear schedule.
+
+    :param value: a hyperparameter
+    :return: whether it is ``lin_`` and a number
+    """
+    if not (isinstance(value, str) and value.startswith("lin_")):
+        return False
+    try:
+        float(value.removeprefix("lin_"))
+    except ValueError:
+        return False
+    return True
