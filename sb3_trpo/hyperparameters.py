@@ -91,7 +91,11 @@ def check(algorithm: type[BaseAlgorithm], hyperparameters: Mapping[str, Any], pl
     :param places: where each of them stands, for the message
     :raises InputError: a name that neither the zoo nor the constructor knows, or a value out of range
     """
-    known = ZOO_KEYS | inspect.signature(algorithm).parameters.keys() - GIVEN_BY_ZOO
+    # A constructor with **kwargs hands them on to the class that it derives from.
+    signatures = [inspect.signature(base).parameters for base in algorithm.__mro__ if issubclass(base, BaseAlgorithm)]
+    handed_on = [any(p.kind is p.VAR_KEYWORD for p in signature.values()) for signature in signatures]
+    depth = handed_on.index(False) + 1
+    known = ZOO_KEYS | set().union(*signatures[:depth]) - GIVEN_BY_ZOO
     rules = getattr(algorithm, "argument_rules", {})
     for name, value in hyperparameters.items():
         place = places.get(name, "hyperparameters")

@@ -550,13 +550,16 @@ class TRPO(SavedAlgorithm):
 
     def _step_length(self, curvature: float, n_steps: int) -> float:
         """
-        β of a step. Where several share the trust region, their lengths add up to its radius.
+        β of a step.
+
+        Several share the trust region: passes over the rollout go the same way, and their lengths add up to its radius; the
+        parts of a pass go ways of their own, and the squares of their lengths add up.
 
         :param curvature: sᵀFs
         :param n_steps: number of steps of the update
         :return: what to multiply s with
         """
-        return max_step_length(curvature, self._current_target_kl / n_steps**2)
+        return max_step_length(curvature, self._current_target_kl / (n_steps * self.n_policy_updates))
 
     def _search(
         self, surrogate: Surrogate, actor: list[nn.Parameter], step: th.Tensor, start: Point, expected: float

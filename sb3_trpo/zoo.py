@@ -14,7 +14,7 @@ import sb3_contrib
 from rl_zoo3 import exp_manager, hyperparams_opt
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from sb3_trpo import TRPO, hyperparameters
+from sb3_trpo import NPG, TRPO, MaskableTRPO, RecurrentTRPO, hyperparameters
 
 Sampler = Callable[[optuna.Trial, int, int, dict[str, Any]], dict[str, Any]]
 Converter = Callable[[dict[str, Any]], dict[str, Any]]
@@ -41,7 +41,7 @@ class Algorithm(NamedTuple):
 
 def sample_trpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
-    Draw hyperparameters of TRPO.
+    Draw hyperparameters of TRPO, and of all that share its update.
 
     :param trial: the trial
     :param n_actions: dimensions of a Box action
@@ -64,8 +64,10 @@ def sample_trpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
 
 
 #: Name on the command line ↦ algorithm. A new one is a line here and a file in ``zoo_hyperparams/``.
+OURS: dict[str, type[TRPO]] = {"trpo": TRPO, "npg": NPG, "trpo_lstm": RecurrentTRPO, "trpo_mask": MaskableTRPO}
 ALGORITHMS: dict[str, Algorithm] = {
-    "trpo": Algorithm(TRPO, sample_trpo_params, hyperparams_opt.convert_onpolicy_params, OUR_CONFIGS / "trpo.yml"),
+    name: Algorithm(cls, sample_trpo_params, hyperparams_opt.convert_onpolicy_params, OUR_CONFIGS / f"{name}.yml")
+    for name, cls in OURS.items()
 }
 #: sb3-contrib's TRPO keeps a name, to be compared with.
 PEERS: dict[str, Algorithm] = {

@@ -162,12 +162,14 @@ def constant(p: Any) -> Any:
     return type(p)(logits=p.logits.detach())
 
 
-def test_lengths_add_up_to_the_radius_of_the_trust_region(monkeypatch: pytest.MonkeyPatch) -> None:
-    """n steps along one ray, each with √(2(δ/n²) / sᵀFs), go as far as one with √(2δ / sᵀFs)."""
-    curvature, n = 2.0, 4
-    model = make(target_kl=0.08)
-    assert n * model._step_length(curvature, n) == pytest.approx(model._step_length(curvature, 1))
-    assert model._step_length(curvature, 1) == pytest.approx((2.0 * 0.08 / curvature) ** 0.5)
+@pytest.mark.parametrize(("passes", "parts"), [(1, 1), (4, 1), (1, 4), (2, 3)])
+def test_lengths_add_up_to_the_radius_of_the_trust_region(passes: int, parts: int) -> None:
+    """Along one ray in every pass, and at right angles within it, they go as far as one step with √(2δ / sᵀFs)."""
+    curvature = 2.0
+    model = make(target_kl=0.08, n_policy_updates=passes)
+    length = model._step_length(curvature, passes * parts)
+    radius = (2.0 * 0.08 / curvature) ** 0.5
+    assert passes * (parts * length**2) ** 0.5 == pytest.approx(radius)
 
 
 # ---- parts
