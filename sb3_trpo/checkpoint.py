@@ -279,10 +279,16 @@ class SavedAlgorithm(OnPolicyAlgorithm):
             # The statistics are about to be restored.
             warnings.filterwarnings("ignore", message=".*VecNormalize")
             model = cls.load(io.BytesIO(contents), venv, device, custom_objects, force_reset=False, trust=trust)
-        model._restore(state, path, trust)
+        try:
+            model._restore(state, trust)
+        except RefusedError as error:
+            remedy = "trust=True resumes from a file of your own."
+            raise UntrustedFileError(path, f"{RESUME} (environments)", error.what, remedy) from error
+        except (pickle.UnpicklingError, AttributeError, EOFError, LookupError, RuntimeError, TypeError) as error:
+            raise CorruptCheckpointError(path, RESUME, f"its state does not fit ({error!r})") from error
         return model
 
-    def _restore(self, state: dict[str, Any], path: Source, trust: bool) -> None:
+    def _restore(self, state: dict[str, Any], trust: bool) -> None:
         assert self.env is not None
         self._iterations_before = self._iteration = state["iteration"]
         self._pending_log = state["log"]
@@ -290,20 +296,16 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         if self._last_obs is None or len(self._last_episode_starts) != self.env.num_envs:  # type: ignore[arg-type]
             saved = "none" if self._last_obs is None else len(self._last_episode_starts)  # type: ignore[arg-type]
             raise ValueError(f"env has {self.env.num_envs} environments, the checkpoint {saved}")
-        try:
-            self.env.reset()
-            if "wrappers" in state:
-                restore_wrappers(self.env, state["wrappers"], trust)
-            if state["envs"] is None:
-                self._last_obs = None
-                warnings.warn(
-                    f"the environments begin new episodes, for their state was not in reach: {state['reason']}", stacklevel=3
-                )
-            else:
-                restore_all(self.env, state["envs"], trust)
-        except RefusedError as error:
-            remedy = "trust=True resumes from a file of your own."
-            raise UntrustedFileError(path, f"{RESUME} (environments)", error.what, remedy) from error
+        self.env.reset()
+        if "wrappers" in state:
+            restore_wrappers(self.env, state["wrappers"], trust)
+        if state["envs"] is None:
+            self._last_obs = None
+            warnings.warn(
+                f"the environments begin new episodes, for their state was not in reach: {state['reason']}", stacklevel=3
+            )
+        else:
+            restore_all(self.env, state["envs"], trust)
         set_random_state(state["random"])
 
     @property
