@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_trpo.archive import ABOUT, Archive, Attributes, check_parameters, read_attributes, read_bytes
 from sb3_trpo.atomic import atomic_write
 from sb3_trpo.env_state import StateUnavailableError, capture_all, capture_wrappers, restore_all, restore_wrappers
-from sb3_trpo.errors import CorruptCheckpointError, Source, UntrustedFileError, name_of
+from sb3_trpo.errors import CorruptCheckpointError, MismatchError, Source, UntrustedFileError, WorkerError, name_of
 from sb3_trpo.guards import StepGuard, kept_statistics
 from sb3_trpo.normalizer import STATISTICS, pack_statistics, read_statistics, warn_of_mismatch
 from sb3_trpo.random_state import random_state, set_random_state, unchanged_random_state
@@ -264,7 +264,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         :return: the model
         :raises CorruptCheckpointError: the file is damaged, or no checkpoint
         :raises UntrustedFileError: reading an entry may run code
-        :raises ValueError: the environment differs from the one of the checkpoint
+        :raises MismatchError: the environment differs from the one of the checkpoint
         """
         contents = read_bytes(path)
         archive = Archive(contents, path)
@@ -272,38 +272,44 @@ class SavedAlgorithm(OnPolicyAlgorithm):
             state: dict[str, Any] = restricted_loads(archive.read(RESUME))
         except RefusedError as error:
             raise UntrustedFileError(path, RESUME, error.what) from error
-        except (pickle.UnpicklingError, ValueError, TypeError, EOFError, KeyError, IndexError, AttributeError) as error:
+        except CorruptCheckpointError:
+            raise
+        except Exception as error:
             raise CorruptCheckpointError(path, RESUME, error) from error
         venv = cls._wrap_env(maybe_make_env(env, 0))
         with warnings.catch_warnings():
             # The statistics are about to be restored.
             warnings.filterwarnings("ignore", message=".*VecNormalize")
             model = cls.load(io.BytesIO(contents), venv, device, custom_objects, force_reset=False, trust=trust)
-        model._restore(state, path, trust)
+        venv.reset()
+        try:
+            model._restore(state, trust)
+        except (MismatchError, WorkerError):
+            raise
+        except RefusedError as error:
+            remedy = "trust=True resumes from a file of your own."
+            raise UntrustedFileError(path, f"{RESUME} (environments)", error.what, remedy) from error
+        except Exception as error:
+            raise CorruptCheckpointError(path, RESUME, f"its state does not fit ({error!r})") from error
         return model
 
-    def _restore(self, state: dict[str, Any], path: Source, trust: bool) -> None:
+    def _restore(self, state: dict[str, Any], trust: bool) -> None:
         assert self.env is not None
         self._iterations_before = self._iteration = state["iteration"]
         self._pending_log = state["log"]
         self.action_space = state["action_space"]
         if self._last_obs is None or len(self._last_episode_starts) != self.env.num_envs:  # type: ignore[arg-type]
             saved = "none" if self._last_obs is None else len(self._last_episode_starts)  # type: ignore[arg-type]
-            raise ValueError(f"env has {self.env.num_envs} environments, the checkpoint {saved}")
-        try:
-            self.env.reset()
-            if "wrappers" in state:
-                restore_wrappers(self.env, state["wrappers"], trust)
-            if state["envs"] is None:
-                self._last_obs = None
-                warnings.warn(
-                    f"the environments begin new episodes, for their state was not in reach: {state['reason']}", stacklevel=3
-                )
-            else:
-                restore_all(self.env, state["envs"], trust)
-        except RefusedError as error:
-            remedy = "trust=True resumes from a file of your own."
-            raise UntrustedFileError(path, f"{RESUME} (environments)", error.what, remedy) from error
+            raise MismatchError(f"env has {self.env.num_envs} environments, the checkpoint {saved}")
+        if "wrappers" in state:
+            restore_wrappers(self.env, state["wrappers"], trust)
+        if state["envs"] is None:
+            self._last_obs = None
+            warnings.warn(
+                f"the environments begin new episodes, for their state was not in reach: {state['reason']}", stacklevel=3
+            )
+        else:
+            restore_all(self.env, state["envs"], trust)
         set_random_state(state["random"])
 
     @property

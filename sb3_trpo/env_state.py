@@ -18,6 +18,7 @@ import numpy as np
 from gymnasium.utils import EzPickle
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
+from sb3_trpo.errors import MismatchError
 from sb3_trpo.unpickling import RestrictedUnpickler
 
 #: Attributes that hold no state: what is inside, what the environment was made from, what it is shown and logged with.
@@ -52,7 +53,7 @@ def restore(env: Any, state: bytes, trust: bool = False) -> None:
     :param state: as :func:`capture` gives it
     :param trust: unpickle objects of any class, which may run code
     :raises RefusedError: the state needs a class that is not known to be harmless, and ``trust`` is False
-    :raises ValueError: the environment is of another make
+    :raises MismatchError: the environment is of another make
     """
     _restore(_layers(env), state, trust)
 
@@ -111,7 +112,7 @@ def restore_all(venv: VecEnv, states: Sequence[bytes], trust: bool = False) -> N
     :param states: as :func:`capture_all` gives them
     :param trust: as for :func:`restore`
     :raises RefusedError: as for :func:`restore`
-    :raises ValueError: the environments are of another make
+    :raises MismatchError: the environments are of another make
     """
     innermost = venv.unwrapped
     if isinstance(innermost, DummyVecEnv):
@@ -144,11 +145,11 @@ def restore_wrappers(venv: VecEnv, states: dict[str, bytes], trust: bool = False
     :param states: as :func:`capture_wrappers` gives them
     :param trust: as for :func:`restore`
     :raises RefusedError: as for :func:`restore`
-    :raises ValueError: the wrappers are others
+    :raises MismatchError: the wrappers are others
     """
     wrappers = _wrappers(venv)
     if wrappers.keys() != states.keys():
-        raise ValueError(f"the wrappers of the environment are {list(wrappers)}, those of the checkpoint {list(states)}")
+        raise MismatchError(f"the wrappers of the environment are {list(wrappers)}, those of the checkpoint {list(states)}")
     for name, layer in wrappers.items():
         _restore([layer], states[name], trust)
 
@@ -223,7 +224,7 @@ def _restore(layers: list[Any], contents: bytes, trust: bool) -> None:
     states = unpickler.load()
     saved, present = [state["class"] for state in states], [type(layer).__name__ for layer in layers]
     if saved != present:
-        raise ValueError(f"the environment is made of {present}, that of the checkpoint of {saved}")
+        raise MismatchError(f"the environment is made of {present}, that of the checkpoint of {saved}")
     for layer, state in zip(layers, states, strict=True):
         if "state" in state:
             layer.set_state(state["state"])

@@ -48,6 +48,10 @@ class UntrustedFileError(ValueError):
         self.path, self.entry = path, entry
 
 
+class MismatchError(ValueError):
+    """An environment is not made as the one that a checkpoint is from."""
+
+
 class NonFiniteError(ValueError):
     """A NaN or an infinity where none may be."""
 

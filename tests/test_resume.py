@@ -44,6 +44,7 @@ from sb3_trpo import (
 )
 from sb3_trpo.callbacks import checkpoints
 from sb3_trpo.env_state import capture, restore
+from sb3_trpo.errors import MismatchError
 
 N_STEPS, N_ENVS = 48, 2
 PER_UPDATE = N_STEPS * N_ENVS
@@ -335,11 +336,11 @@ def test_another_environment_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.zip"
     make(make_env("CartPole-v1")).learn(PER_UPDATE).save_checkpoint(path)
 
-    with pytest.raises(ValueError, match="wrappers"):
+    with pytest.raises(MismatchError, match="wrappers"):
         TRPO.resume(path, make_env("CartPole-v1", normalize=False))
-    with pytest.raises(ValueError, match="3 environments, the checkpoint 2"):
+    with pytest.raises(MismatchError, match="3 environments, the checkpoint 2"):
         TRPO.resume(path, VecNormalize(make_vec_env("CartPole-v1", 3)))
-    with pytest.raises(ValueError, match="made of"):
+    with pytest.raises(MismatchError, match="made of"):
         TRPO.resume(path, VecNormalize(DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2)))
 
 
