@@ -26,7 +26,6 @@ from torch import nn
 
 from sb3_trpo.acting import Actor, Observations
 from sb3_trpo.collect import Truncation, bootstrap, stack_observations
-from sb3_trpo.errors import Source
 from sb3_trpo.rollout import Inputs, Rollout
 from sb3_trpo.sequences import LstmStates, lstm_states, read_sequences, without_cudnn
 from sb3_trpo.trpo import TRPO
@@ -233,8 +232,8 @@ class RecurrentTRPO(TRPO):
         states = [state.cpu().numpy() for pair in self._next_lstm_states for state in pair]
         return {**super()._resume_state(), "lstm_states": states}
 
-    def _restore(self, state: dict[str, Any], path: Source, trust: bool) -> None:
-        super()._restore(state, path, trust)
+    def _restore(self, state: dict[str, Any], trust: bool) -> None:
+        super()._restore(state, trust)
         hidden_pi, cell_pi, hidden_vf, cell_vf = (th.as_tensor(array, device=self.device) for array in state["lstm_states"])
         self._last_lstm_states = self._next_lstm_states = RNNStates((hidden_pi, cell_pi), (hidden_vf, cell_vf))
 
