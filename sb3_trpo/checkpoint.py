@@ -9,7 +9,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch as th
 from stable_baselines3.common.base_class import maybe_make_env
@@ -28,6 +28,7 @@ from sb3_trpo.normalizer import STATISTICS, pack_statistics, read_statistics, wa
 from sb3_trpo.random_state import random_state, set_random_state, unchanged_random_state
 from sb3_trpo.signals import release_signals
 from sb3_trpo.unpickling import RefusedError, restricted_loads
+from sb3_trpo.validation import Rule
 
 RESUME = "sb3_trpo_resume.pkl"
 #: An attribute by which a file of SB3 or sb3-contrib can be told, for they do not say whose it is; the first that is there.
@@ -48,6 +49,8 @@ SelfSaved = TypeVar("SelfSaved", bound="SavedAlgorithm")
 class SavedAlgorithm(OnPolicyAlgorithm):
     """An on-policy algorithm whose files are written whole, read without running code, and resumed exactly."""
 
+    #: What the constructor allows, by argument.
+    argument_rules: ClassVar[dict[str, Rule]] = {}
     #: Values that the next write of the log is to hold, from before the checkpoint that the model was resumed from.
     _pending_log: list[dict[str, Any]] | None = None
     #: Updates logged before that.
@@ -188,6 +191,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         about = archive.read_json(ABOUT) if ABOUT in archive.names else {}
         cls._check_algorithm(attributes.names, about, path)
         cls._check_names(kwargs, attributes.names)
+        cls._check_values(attributes.values, {*kwargs, *(custom_objects or ())}, path)
         check_parameters(archive, path, allow_non_finite)
         if env is not None:
             env = cls._wrap_env(maybe_make_env(env, 0))
@@ -227,6 +231,14 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         )
         if saved != cls.algorithm():
             raise ValueError(f"{name_of(path)} holds a model of {saved}, not of {cls.algorithm()}")
+
+    @classmethod
+    def _check_values(cls, values: dict[str, Any], given: set[str], path: Source) -> None:
+        for name, rule in cls.argument_rules.items():
+            if name in values and name not in given and not rule.holds(values[name]):
+                raise CorruptCheckpointError(
+                    path, "data", f"{name}={values[name]!r} is not allowed: it must be {rule.allowed}"
+                )
 
     @classmethod
     def _check_names(cls, kwargs: dict[str, Any], saved: set[str]) -> None:

@@ -189,7 +189,7 @@ def _capture(layers: list[Any]) -> bytes:
     states = []
     for layer in layers:
         if _speaks(layer):
-            states.append({"class": type(layer).__name__, "state": layer.get_state()})
+            states.append({"class": _class_name(layer), "state": layer.get_state()})
             continue
         values, physics = {}, {}
         for name, value in vars(layer).items():
@@ -197,7 +197,7 @@ def _capture(layers: list[Any]) -> bytes:
                 physics[name] = _arrays(value) if type(value).__name__ == "MjData" else {}
             elif name not in CONSTANTS and not isinstance(value, CODE):
                 values[name] = value
-        states.append({"class": type(layer).__name__, "values": values, "physics": physics})
+        states.append({"class": _class_name(layer), "values": values, "physics": physics})
     file = io.BytesIO()
     try:
         _LayerPickler(file, layers).dump(states)
@@ -206,6 +206,11 @@ def _capture(layers: list[Any]) -> bytes:
     except Exception as error:
         raise StateUnavailableError(f"{_culprit(states, layers)} cannot be pickled ({error})") from error
     return file.getvalue()
+
+
+def _class_name(layer: Any) -> str:
+    """Name of a layer's class; RL Zoo puts a subclass of its own in the place of ``TimeLimit``."""
+    return "TimeLimit" if isinstance(layer, gym.wrappers.TimeLimit) else type(layer).__name__
 
 
 def _culprit(states: list[dict[str, Any]], layers: list[Any]) -> str:
@@ -222,7 +227,7 @@ def _restore(layers: list[Any], contents: bytes, trust: bool) -> None:
     unpickler = (_TrustingUnpickler if trust else _LayerUnpickler)(contents)
     unpickler.layers = layers
     states = unpickler.load()
-    saved, present = [state["class"] for state in states], [type(layer).__name__ for layer in layers]
+    saved, present = [state["class"] for state in states], [_class_name(layer) for layer in layers]
     if saved != present:
         raise MismatchError(f"the environment is made of {present}, that of the checkpoint of {saved}")
     for layer, state in zip(layers, states, strict=True):
