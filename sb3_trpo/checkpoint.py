@@ -12,11 +12,13 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.save_util import data_to_json
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo.archive import ABOUT, Archive, Attributes, check_parameters, read_attributes, read_bytes
@@ -184,6 +186,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         :raises CorruptCheckpointError: the file is damaged; names the damaged member
         :raises NonFiniteError: a parameter is not finite
         :raises TypeError: there is no attribute of a name in ``kwargs``
+        :raises MismatchError: the environment has other spaces than the model
         :raises ValueError: the file holds a model of another algorithm
         """
         archive = Archive(read_bytes(path), path)
@@ -195,6 +198,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         check_parameters(archive, path, allow_non_finite)
         if env is not None:
             env = cls._wrap_env(maybe_make_env(env, 0))
+            _check_spaces(env, attributes)
         with unchanged_random_state():
             try:
                 model = super().load(
@@ -207,7 +211,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
                     **kwargs,
                 )
             except Exception as error:
-                if trust or kwargs or custom_objects or (env is not None and isinstance(error, ValueError)):
+                if trust or kwargs or custom_objects:
                     raise
                 raise CorruptCheckpointError(path, "data", f"it does not make a model ({error!r})") from error
         model._loaded(attributes, keep={*kwargs, *(custom_objects or ())})
@@ -379,6 +383,16 @@ def _check_picklable(name: str, value: Any) -> None:
         data_to_json({name: value})
     except Exception as error:
         raise pickle.PicklingError(f"attribute {name!r} cannot be saved: {error}; exclude=[{name!r}] leaves it out") from error
+
+
+def _check_spaces(env: VecEnv, attributes: Attributes) -> None:
+    observation, action = (attributes.values.get(name) for name in ("observation_space", "action_space"))
+    if not (isinstance(observation, spaces.Space) and isinstance(action, spaces.Space)):  # damaged, or left to SB3
+        return
+    try:
+        check_for_correct_spaces(env, observation, action)
+    except ValueError as error:
+        raise MismatchError(str(error)) from error
 
 
 def _destination(path: pathlib.Path) -> pathlib.Path:

@@ -252,7 +252,7 @@ class TRPO(SavedAlgorithm):
         )
         self.batch_size = batch_size
         self.cg_max_steps = cg_max_steps
-        self.cg_damping = cg_damping
+        self.cg_damping = float(cg_damping)
         self.line_search_shrinking_factor = line_search_shrinking_factor
         self.line_search_max_iter = line_search_max_iter
         self.n_critic_updates = n_critic_updates
@@ -262,7 +262,7 @@ class TRPO(SavedAlgorithm):
         self.cg_residual_tol = cg_residual_tol
         self.cg_preconditioner = cg_preconditioner
         self.critic_method = critic_method
-        self.critic_damping = critic_damping
+        self.critic_damping = float(critic_damping)
         self.n_critic_steps = n_critic_steps
         self.critic_cg_max_steps = critic_cg_max_steps
         self.critic_cg_residual_tol = critic_cg_residual_tol
