@@ -88,7 +88,8 @@ CASES = {
     "halfcheetah_256": Case("HalfCheetah-v5", 2, 1024, (256, 256), 40_000, "sb3-contrib", {}, (4.0, 5.0)),
     "cartpole": Case("CartPole-v1", 2, 1024, (64, 64), 20_000, "sb3-contrib", {"target_kl": 0.01}, (3.0, 6.0)),
     "frames": Case("frames", 2, 512, None, 2_048, "sb3-contrib", {"target_kl": 0.01}, (2.5, 2.5)),
-    "tianshou": Case("HalfCheetah-v5", 16, 64, (64, 64), 60_000, "tianshou", {}, (2.5, 2.5)),
+    # Tianshou stops after 10 iterations: as much of the gain as theirs needs no better tolerance.
+    "tianshou": Case("HalfCheetah-v5", 16, 64, (64, 64), 60_000, "tianshou", {"cg_residual_tol": 0.2}, (2.5, 2.5)),
 }
 OTHERS = ("memory", "scaling")
 
@@ -290,7 +291,7 @@ def prepare(case: Case, quick: bool) -> tuple[Ours, Contender | Tianshou]:
     env, policy, settings, policy_kwargs = _setting(case)
     action_space = env.action_space
     if case.peer == "tianshou":
-        own = {**peers.TIANSHOU_AS_OURS, "n_steps": case.n_steps}
+        own = {**peers.TIANSHOU_AS_OURS, "n_steps": case.n_steps, **case.settings}
     else:
         own = peers.as_ours(settings, action_space) | {"policy_kwargs": policy_kwargs}
     model = peers.ours(env, policy, **own)

@@ -309,18 +309,20 @@ def test_a_full_disk_leaves_the_old_file(what: str, tmp_path: Path) -> None:
 def test_a_file_survives_kills_while_saving(tmp_path: Path) -> None:
     """50 processes that save in a loop are killed at random moments; each leaves a whole file."""
     path, model, generator = tmp_path / "model.zip", make(), random.Random(0)
+    started = time.perf_counter()
     model.save(path)
+    seconds = time.perf_counter() - started
     for _ in range(50):
         child = os.fork()
         if child == 0:
             while True:
                 model.num_timesteps += 1
                 model.save(path)
-        time.sleep(generator.uniform(0.01, 0.05))
+        time.sleep(generator.uniform(0.5, 3.0) * seconds)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         model.num_timesteps = TRPO.load(path, device="cpu").num_timesteps
-    assert model.num_timesteps > 50
+    assert model.num_timesteps > 0  # or else no kill came after a save
 
 
 def test_links_folders_and_permissions_are_as_with_sb3(tmp_path: Path) -> None:
