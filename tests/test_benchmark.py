@@ -11,8 +11,10 @@ pytest.importorskip("rliable", reason="needs the extra [zoo]")
 import numpy as np
 import pandas as pd
 import rl_zoo3.import_envs  # noqa: F401
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_trpo import benchmark, compare, jobs
+from sb3_trpo import TRPO, benchmark, compare, jobs
 from sb3_trpo.user_input import InputError
 
 
@@ -63,9 +65,19 @@ def test_every_algorithm_is_trained_and_recorded_alike(tmp_path: Path, algorithm
 
 
 def test_evaluations_see_the_running_normalisation(tmp_path: Path) -> None:
+    env = VecNormalize(make_vec_env("CartPole-v1", 1, seed=0))
+    held_out = VecNormalize(make_vec_env("CartPole-v1", 1, seed=1), training=False, norm_reward=False)
+    record = jobs.Record(job(tmp_path))
+    TRPO("MlpPolicy", env, n_steps=64, batch_size=64).learn(128, callback=jobs.Evaluation(record, held_out, 64))
+    assert [row["steps"] for row in record.rows] == [64, 128]
+    assert env.obs_rms.count > 128
+    np.testing.assert_array_equal(held_out.obs_rms.mean, env.obs_rms.mean)
+
+
+def test_normalised_runs_record_raw_returns(tmp_path: Path) -> None:
     done = jobs.run(job(tmp_path, env="MountainCar-v0", n_timesteps=2048, eval_freq=2048))
     assert (done.run_folder / "MountainCar-v0" / "vecnormalize.pkl").exists()
-    assert list(pd.read_csv(done.results)["mean_return"]) == [-200.0]  # the raw return, not the normalised one
+    assert list(pd.read_csv(done.results)["mean_return"]) == [-200.0]
 
 
 def test_random_actions_are_the_zero_of_scores(tmp_path: Path) -> None:

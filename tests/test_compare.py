@@ -39,6 +39,13 @@ def results(final: dict[str, dict[str, list[float]]] = FINAL) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def test_the_last_evaluation_of_each_run_counts() -> None:
+    final = compare.final_returns(results())
+    assert len(final) == 2 * 2 * 3
+    assert set(final["steps"]) == {200}
+    assert set(final["mean_return"]) == {500.0, -200.0, 260.0, -700.0}
+
+
 def test_scores_are_0_at_random_and_1_at_the_best() -> None:
     scores = compare.scores(results())
     assert list(scores) == ["trpo", "ppo"]
