@@ -346,7 +346,7 @@ class TRPO(SavedAlgorithm):
             raise ValueError(
                 f"policy_batch_size={self.policy_batch_size} is not allowed: it must be at most the rollout's {words}"
             )
-        if n_states % self.batch_size > 0:
+        if self.critic_method == "minibatch" and n_states % self.batch_size > 0:
             warnings.warn(
                 f"batch_size={self.batch_size} does not divide the rollout's {words}: "
                 f"the last minibatch of each pass has {n_states % self.batch_size}",

@@ -1,6 +1,7 @@
 """The constructor takes sb3-contrib's arguments, and refuses wrong ones before anything is built."""
 
 import inspect
+import warnings
 from typing import Any
 
 import gymnasium as gym
@@ -160,8 +161,14 @@ def test_one_state_cannot_be_normalised() -> None:
 @pytest.mark.parametrize("batch_size", [16, 3])
 def test_a_batch_that_does_not_divide_the_rollout_warns(batch_size: int) -> None:
     with pytest.warns(UserWarning, match=rf"batch_size={batch_size} .*n_steps=8 \* n_envs=1 = 8"):
-        model = TRPO("MlpPolicy", IdentityEnv(2), n_steps=8, batch_size=batch_size, device="cpu")
+        model = TRPO("MlpPolicy", IdentityEnv(2), n_steps=8, batch_size=batch_size, device="cpu", critic_method="minibatch")
     assert model.learn(8).num_timesteps == 8
+
+
+def test_a_batch_that_nothing_uses_does_not_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TRPO("MlpPolicy", IdentityEnv(2), n_steps=8, batch_size=3, device="cpu")
 
 
 @pytest.mark.parametrize("action_space", [spaces.Tuple([spaces.Discrete(2)]), spaces.Dict({"a": spaces.Discrete(2)})])
