@@ -36,6 +36,7 @@ import sb3_trpo
 ENV = "Catch-v0"
 VARIANTS: dict[str, tuple[type[OnPolicyAlgorithm], dict[str, Any]]] = {
     "sb3_trpo, one each": (sb3_trpo.TRPO, {}),
+    "sb3_trpo, one each, small steps, minibatches": (sb3_trpo.TRPO, {"target_kl": 0.02, "critic_method": "minibatch"}),
     "sb3_trpo, shared": (sb3_trpo.TRPO, {"policy_kwargs": {"share_features_extractor": True}}),
     "sb3_contrib, shared": (sb3_contrib.TRPO, {}),
 }
@@ -61,7 +62,7 @@ def perform(variant: str, seed: int, steps: int) -> dict[str, Any]:
             explained.append(float(self.logger.name_to_value["train/explained_variance"]))
 
     env = make_vec_env(partial(gym.make, ENV), N_ENVS, seed=seed)
-    model = Watched("CnnPolicy", env, seed=seed, device="cpu", **SETTINGS, **arguments)
+    model = Watched("CnnPolicy", env, seed=seed, device="cpu", **{**SETTINGS, **arguments})
     start = time.process_time()
     model.learn(steps)
     cpu_seconds = time.process_time() - start
@@ -76,7 +77,7 @@ def perform(variant: str, seed: int, steps: int) -> dict[str, Any]:
         "seed": seed,
         "steps": steps,
         "n_envs": N_ENVS,
-        **SETTINGS,
+        **{**SETTINGS, **({"target_kl": arguments["target_kl"]} if "target_kl" in arguments else {})},
         "mean_return": float(mean_return),
         "explained_variance": round(float(np.mean(explained[-len(explained) // 4 :])), 3),
         "cpu_seconds": round(cpu_seconds, 1),
@@ -85,14 +86,14 @@ def perform(variant: str, seed: int, steps: int) -> dict[str, Any]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Mean ± standard deviation over seeds, then each seed's return."""
-    print(f"{'features extractor':22}{'mean return':>16}{'explained variance':>22}{'CPU s':>8}   each seed")
+    print(f"{'features extractor':46}{'mean return':>16}{'explained variance':>22}{'CPU s':>8}   each seed")
     for variant in VARIANTS:
         finished = [row for row in rows if row["variant"] == variant]
         if finished:
             returns, explained, seconds = (
                 np.array([row[name] for row in finished]) for name in ("mean_return", "explained_variance", "cpu_seconds")
             )
-            line = f"{variant:22}{f'{returns.mean():.2f} ± {returns.std():.2f}':>16}"
+            line = f"{variant:46}{f'{returns.mean():.2f} ± {returns.std():.2f}':>16}"
             line += f"{f'{explained.mean():.2f} ± {explained.std():.2f}':>22}{seconds.mean():8.1f}"
             print(line + "   " + ", ".join(f"{value:.2f}" for value in returns))
 
