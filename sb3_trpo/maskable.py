@@ -98,19 +98,12 @@ class MaskableTRPO(TRPO):
             raise ValueError(
                 f"the action space {self.action_space} is not allowed: it must be Discrete, MultiDiscrete or MultiBinary"
             )
-        has_dict = isinstance(self.observation_space, spaces.Dict)
-        usual = MaskableDictRolloutBuffer if has_dict else MaskableRolloutBuffer
-        buffer_class = self.rollout_buffer_class or usual
-        if not issubclass(buffer_class, usual):
-            raise ValueError(
-                f"rollout_buffer_class={buffer_class.__name__} is not allowed: "
-                f"it must derive from sb3-contrib's {usual.__name__}"
-            )
+        buffer_class: Any = self._buffer_class(MaskableRolloutBuffer, MaskableDictRolloutBuffer)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.rollout_buffer = buffer_class(
             self.n_steps,
-            self.observation_space,  # type: ignore[arg-type]
+            self.observation_space,
             self.action_space,
             self.device,
             gamma=self.gamma,

@@ -6,7 +6,6 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.buffers import RecurrentDictRolloutBuffer, RecurrentRolloutBuffer
 from sb3_contrib.common.recurrent.policies import (
@@ -119,14 +118,7 @@ class RecurrentTRPO(TRPO):
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
         ).to(self.device)
 
-        has_dict = isinstance(self.observation_space, spaces.Dict)
-        usual = RecurrentDictRolloutBuffer if has_dict else RecurrentRolloutBuffer
-        buffer_class = self.rollout_buffer_class or usual
-        if not issubclass(buffer_class, usual):
-            raise ValueError(
-                f"rollout_buffer_class={buffer_class.__name__} is not allowed: "
-                f"it must derive from sb3-contrib's {usual.__name__}"
-            )
+        buffer_class: Any = self._buffer_class(RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)
         lstm = self.policy.lstm_actor
         self.rollout_buffer = buffer_class(
             self.n_steps,

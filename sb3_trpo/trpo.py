@@ -306,6 +306,24 @@ class TRPO(SavedAlgorithm):
         """Make policy and buffer, after seeding all generators."""
         super()._setup_model()
 
+    def _buffer_class(self, flat: type[RolloutBuffer], dictionary: type[RolloutBuffer]) -> type[RolloutBuffer]:
+        """
+        Find the class of the rollout buffer, for policies that need one of their own.
+
+        :param flat: the usual one
+        :param dictionary: the usual one for Dict observations
+        :return: the user's, or the usual one
+        :raises ValueError: the user's does not derive from the usual one
+        """
+        usual = dictionary if isinstance(self.observation_space, spaces.Dict) else flat
+        buffer_class = self.rollout_buffer_class or usual
+        if not issubclass(buffer_class, usual):
+            raise ValueError(
+                f"rollout_buffer_class={buffer_class.__name__} is not allowed: "
+                f"it must derive from sb3-contrib's {usual.__name__}"
+            )
+        return buffer_class
+
     def _bound_actions(self, action_bound: str) -> None:
         if not issubclass(self.policy_class, ActionOptionsPolicy):
             raise ValueError(
