@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sb3_trpo.callbacks import CheckpointCallback, latest_checkpoint
 from sb3_trpo.env_state import ResumableEnv
-from sb3_trpo.errors import CorruptCheckpointError, NonFiniteError, UntrustedFileError, WorkerError
+from sb3_trpo.errors import CorruptCheckpointError, NonFiniteError, RankError, UntrustedFileError, WorkerError
 from sb3_trpo.export import export_onnx
 from sb3_trpo.maskable import MaskableTRPO
 from sb3_trpo.normalizer import load_vec_normalize, save_vec_normalize
@@ -26,6 +26,7 @@ __all__ = [
     "MlpPolicy",
     "MultiInputPolicy",
     "NonFiniteError",
+    "RankError",
     "RecurrentTRPO",
     "ResumableEnv",
     "UntrustedFileError",

@@ -5,7 +5,7 @@ import re
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_trpo.checkpoint import SavedAlgorithm
+from sb3_trpo.distributed_algorithm import DistributedAlgorithm
 from sb3_trpo.signals import catch_signals, exit_status, received_signal, release_signals
 from sb3_trpo.validation import BOOLEAN, POSITIVE_INTEGER, POSITIVE_INTEGER_OR_NONE, check_arguments
 
@@ -24,7 +24,8 @@ class CheckpointCallback(BaseCallback):
     :raises ValueError: an argument is not allowed
     """
 
-    model: SavedAlgorithm
+    model: DistributedAlgorithm
+    on_every_rank = True  # the first process writes what all of them have to say
 
     def __init__(
         self,
@@ -45,36 +46,30 @@ class CheckpointCallback(BaseCallback):
         self.name_prefix = name_prefix
         self.handle_signals = handle_signals
         self._last_save = 0
-        self._in_rollout = False
 
     def _init_callback(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f".{self.name_prefix}_*.tmp"):  # of a process that was killed while writing
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
 
     def _on_training_start(self) -> None:
         self._last_save = self.model.num_timesteps
-        self._in_rollout = False
         if self.handle_signals:
             catch_signals()
 
     def _on_rollout_start(self) -> None:
         self._between_updates(finished=False)
-        self._in_rollout = True
 
     def _on_step(self) -> bool:
         return True
 
-    def _on_rollout_end(self) -> None:
-        self._in_rollout = False
-
     def _on_training_end(self) -> None:
-        if not self._in_rollout:
+        if not self.model.rollout_was_broken_off:
             self._between_updates(finished=True)
         release_signals()
 
     def _between_updates(self, finished: bool) -> None:
-        steps, number = self.model.num_timesteps, received_signal()
+        steps, number = self.model.num_timesteps, self.model.agreed_signal(received_signal())
         due = steps // self.save_freq > self._last_save // self.save_freq
         if due or (steps > self._last_save and (finished or number is not None)):
             self._save(steps)
@@ -90,7 +85,7 @@ class CheckpointCallback(BaseCallback):
             print(f"Saved {path}")
         if self.keep_last is not None:
             for old in checkpoints(self.folder, self.name_prefix)[: -self.keep_last]:
-                old.unlink()
+                old.unlink(missing_ok=True)
 
 
 def checkpoints(folder: str | pathlib.Path, name_prefix: str = "checkpoint") -> list[pathlib.Path]:

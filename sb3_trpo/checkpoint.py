@@ -26,13 +26,15 @@ from sb3_trpo.atomic import atomic_write
 from sb3_trpo.env_state import StateUnavailableError, capture_all, capture_wrappers, restore_all, restore_wrappers
 from sb3_trpo.errors import CorruptCheckpointError, MismatchError, Source, UntrustedFileError, WorkerError, name_of
 from sb3_trpo.guards import StepGuard, kept_statistics
-from sb3_trpo.normalizer import STATISTICS, pack_statistics, read_statistics, warn_of_mismatch
+from sb3_trpo.normalizer import STATISTICS, Statistics, pack_statistics, read_statistics, warn_of_mismatch
 from sb3_trpo.random_state import random_state, set_random_state, unchanged_random_state
 from sb3_trpo.signals import release_signals
 from sb3_trpo.unpickling import RefusedError, restricted_loads
 from sb3_trpo.validation import Rule
 
 RESUME = "sb3_trpo_resume.pkl"
+#: Where the environments of a process are: attributes that a file has for one process alone.
+PLACE = ("_last_obs", "_last_original_obs", "_last_episode_starts")
 #: An attribute by which a file of SB3 or sb3-contrib can be told, for they do not say whose it is; the first that is there.
 MARKS = {
     "top_quantiles_to_drop_per_net": "TQC",
@@ -99,7 +101,11 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         :raises PicklingError: an attribute cannot be saved; names it
         :raises OSError: the file cannot be written
         """
-        self._write(path, None, None, {RESUME: pickle.dumps(self._resume_state())})
+        self._write(path, None, None, {RESUME: pickle.dumps(self._resume_states())})
+
+    def _resume_states(self) -> list[dict[str, Any]]:
+        """What to restore in each process that trains."""
+        return [self._resume_state()]
 
     def _resume_state(self) -> dict[str, Any]:
         log = self._pending_log
@@ -108,6 +114,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         state = {
             "random": random_state(),
             "action_space": self.action_space,  # with its generator, which loading a model seeds anew
+            "place": {name: getattr(self, name) for name in PLACE},
             "iteration": self._iteration,
             "log": log,
             "envs": None,
@@ -285,7 +292,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         contents = read_bytes(path)
         archive = Archive(contents, path)
         try:
-            state: dict[str, Any] = restricted_loads(archive.read(RESUME))
+            states: list[dict[str, Any]] = restricted_loads(archive.read(RESUME))
         except RefusedError as error:
             raise UntrustedFileError(path, RESUME, error.what) from error
         except CorruptCheckpointError:
@@ -299,7 +306,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
             model = cls.load(io.BytesIO(contents), venv, device, custom_objects, force_reset=False, trust=trust)
         venv.reset()
         try:
-            model._restore(state, trust)
+            model._restore_own(states, read_statistics(archive, path), trust)
         except (MismatchError, WorkerError):
             raise
         except RefusedError as error:
@@ -309,11 +316,26 @@ class SavedAlgorithm(OnPolicyAlgorithm):
             raise CorruptCheckpointError(path, RESUME, f"its state does not fit ({error!r})") from error
         return model
 
-    def _restore(self, state: dict[str, Any], trust: bool) -> None:
-        assert self.env is not None
+    def _restore_own(self, states: list[dict[str, Any]], statistics: Statistics | None, trust: bool) -> None:
+        """
+        Restore the state of this process, one of those that train together.
+
+        :param states: states of the processes that the checkpoint is from
+        :param statistics: settings and statistics of their ``VecNormalize``
+        :param trust: as for :meth:`resume`
+        """
+        (state,) = states
+        self._restore(state, trust)
+
+    def _restore_counters(self, state: dict[str, Any]) -> None:
         self._iterations_before = self._iteration = state["iteration"]
         self._pending_log = state["log"]
+
+    def _restore(self, state: dict[str, Any], trust: bool) -> None:
+        assert self.env is not None
+        self._restore_counters(state)
         self.action_space = state["action_space"]
+        vars(self).update(state["place"])
         if self._last_obs is None or len(self._last_episode_starts) != self.env.num_envs:  # type: ignore[arg-type]
             saved = "none" if self._last_obs is None else len(self._last_episode_starts)  # type: ignore[arg-type]
             raise MismatchError(f"env has {self.env.num_envs} environments, the checkpoint {saved}")

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch as th
@@ -69,22 +69,23 @@ def fit_minibatches(
     optimizer.zero_grad()
     losses = []
     for _ in range(n_epochs):
-        order = th.randperm(rollout.n_units, device=rollout.returns.device)
-        for index in order.split(rollout.units_in(batch_size)):
+        for index in rollout.minibatches(batch_size):
             batch = rollout.sample(index)
             loss = batch.weights.dot((values(batch.inputs) - batch.returns).square())
-            for parameter, slope in zip(critic, th.autograd.grad(loss, critic), strict=True):
+            slopes = rollout.ranks.sum_each(th.autograd.grad(loss, critic))
+            for parameter, slope in zip(critic, slopes, strict=True):
                 parameter.grad = slope
             optimizer.step()
             losses.append(loss.detach())
     optimizer.zero_grad()
 
+    total = rollout.ranks.sum(th.stack(losses))
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, th.Tensor)]
-    if not all_finite([th.stack(losses), *critic, *state]):
+    if not all_finite([total, *critic, *state]):
         critic_before.restore()
         optimizer.load_state_dict(optimizer_before)
         return CriticFit([math.nan], False)
-    return CriticFit(th.stack(losses).tolist(), True)
+    return CriticFit(total.tolist(), True)
 
 
 class Regression(Forwards):
@@ -107,9 +108,11 @@ class Regression(Forwards):
         """Make the same regression at the parameters that the model has now."""
         return Regression(self._values, self._chunks, self._layers)
 
+    @cached_property
     def loss(self) -> float:
         """E[(V(s) − R̂)²] at the parameters that the regression was made with."""
-        return -2.0 * float(sum(c.weights.dot(old.log_prob) for c, old in zip(self._chunks, self._old, strict=True)))
+        log_likelihoods = [c.weights.dot(old.log_prob) for c, old in zip(self._chunks, self._old, strict=True)]
+        return -2.0 * float(self.ranks.sum(th.stack(log_likelihoods).sum()))
 
     def gradient(self, critic: Sequence[th.Tensor]) -> th.Tensor:
         """
@@ -170,9 +173,9 @@ def fit_gauss_newton(
         )
         improved = _improve(regression, solution.x, critic)
         if improved is None:
-            return CriticFit([regression.loss()], taken > 0)
+            return CriticFit([regression.loss], taken > 0)
         regression = improved
-    return CriticFit([regression.loss()], True)
+    return CriticFit([regression.loss], True)
 
 
 def _improve(regression: Regression, step: th.Tensor, critic: Sequence[nn.Parameter]) -> Regression | None:
@@ -185,9 +188,9 @@ def _improve(regression: Regression, step: th.Tensor, critic: Sequence[nn.Parame
         nonlocal candidate
         assign(critic, start + fraction * step)
         candidate = regression.anew()
-        return Point(objective=-candidate.loss(), kl=0.0)
+        return Point(objective=-candidate.loss, kl=0.0)
 
-    search = backtracking_line_search(evaluate, Point(-regression.loss(), 0.0), target_kl=0.0, shrink=0.5, max_iter=6)
+    search = backtracking_line_search(evaluate, Point(-regression.loss, 0.0), target_kl=0.0, shrink=0.5, max_iter=6)
     if search.outcome is Outcome.ACCEPTED:
         return candidate
     before.restore()

@@ -67,3 +67,16 @@ class WorkerError(RuntimeError):
     def __init__(self, indices: Iterable[int], reason: str) -> None:
         self.indices = tuple(indices)
         super().__init__(f"worker {', '.join(map(str, self.indices))} {reason}")
+
+
+class RankError(RuntimeError):
+    """
+    The processes of a distributed training can no longer take a common step.
+
+    :param ranks: the processes to blame, as far as they are known
+    :param reason: what is wrong
+    """
+
+    def __init__(self, ranks: Iterable[int], reason: str) -> None:
+        self.ranks = tuple(ranks)
+        super().__init__(reason)

@@ -144,7 +144,7 @@ class FisherOperator:
         :param v: flat vector, shape ``(n_parameters,)``
         :return: (F + λI) v
         """
-        total = self.damping * v
+        total = th.zeros_like(v)
         for product in self._kept or self._products():
             total = total + product(v)
-        return total
+        return self.damping * v + self._forwards.ranks.sum(total)

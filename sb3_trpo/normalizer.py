@@ -17,11 +17,18 @@ from sb3_trpo.unpickling import RefusedError, restricted_loads
 
 STATISTICS = "vec_normalize.npz"
 SETTINGS = ("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys")
+#: Settings and arrays, by name.
+Statistics = tuple[dict[str, Any], dict[str, np.ndarray]]
 MOMENTS = ("mean", "var", "count")
 
 
-def _running_moments(normalizer: VecNormalize) -> dict[str, RunningMeanStd]:
-    """Every pair of running mean and variance, by a name for it."""
+def running_moments(normalizer: VecNormalize) -> dict[str, RunningMeanStd]:
+    """
+    Every pair of running mean and variance.
+
+    :param normalizer: the wrapper
+    :return: the pairs, by a name for each
+    """
     moments = {"reward": normalizer.ret_rms}
     if normalizer.norm_obs:
         observation = normalizer.obs_rms
@@ -39,7 +46,7 @@ def pack_statistics(normalizer: VecNormalize) -> bytes:
     """
     arrays = {
         f"{name}/{moment}": np.asarray(getattr(rms, moment))
-        for name, rms in _running_moments(normalizer).items()
+        for name, rms in running_moments(normalizer).items()
         for moment in MOMENTS
     }
     settings = json.dumps({name: getattr(normalizer, name) for name in SETTINGS})
@@ -48,13 +55,13 @@ def pack_statistics(normalizer: VecNormalize) -> bytes:
     return file.getvalue()
 
 
-def _unpack(contents: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _unpack(contents: bytes) -> Statistics:
     with np.load(io.BytesIO(contents), allow_pickle=False) as file:
         arrays = dict(file)
     return json.loads(str(arrays.pop("settings"))), arrays
 
 
-def read_statistics(archive: Archive, path: Source) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+def read_statistics(archive: Archive, path: Source) -> Statistics | None:
     """
     Settings and statistics in a model's file.
 
@@ -72,8 +79,15 @@ def read_statistics(archive: Archive, path: Source) -> tuple[dict[str, Any], dic
         raise CorruptCheckpointError(path, STATISTICS, error) from error
 
 
-def _set_statistics(normalizer: VecNormalize, arrays: dict[str, np.ndarray]) -> None:
-    for name, rms in _running_moments(normalizer).items():
+def set_statistics(normalizer: VecNormalize, arrays: dict[str, np.ndarray]) -> None:
+    """
+    Put statistics into a wrapper.
+
+    :param normalizer: the wrapper
+    :param arrays: the statistics, by name
+    :raises ValueError: they are of another shape
+    """
+    for name, rms in running_moments(normalizer).items():
         for moment in MOMENTS:
             value = arrays[f"{name}/{moment}"]
             if value.shape != np.shape(getattr(rms, moment)):
@@ -150,7 +164,7 @@ def _from_model(archive: Archive, path: Source, venv: VecEnv) -> VecNormalize:
         raise CorruptCheckpointError(path, STATISTICS, "the model was trained without VecNormalize")
     try:
         normalizer = VecNormalize(venv, **statistics[0])
-        _set_statistics(normalizer, statistics[1])
+        set_statistics(normalizer, statistics[1])
     except Exception as error:
         raise CorruptCheckpointError(path, STATISTICS, error) from error
     return normalizer

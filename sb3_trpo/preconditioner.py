@@ -18,6 +18,7 @@ from sb3_trpo.distributions import fisher_root, outputs
 from sb3_trpo.fisher import gauss_newton_product
 from sb3_trpo.layers import LayerCall
 from sb3_trpo.parameters import flatten, unflatten
+from sb3_trpo.rollout import Rollout
 from sb3_trpo.surrogate import Forward, Forwards
 
 
@@ -106,9 +107,8 @@ class KroneckerPreconditioner:
     """
     v ↦ M v with M ≈ (F + λI)⁻¹, symmetric and positive definite, one block for each layer.
 
-    One backward pass gives all factors: its cotangents are random signs times a root of the Fisher metric, drawn from a
-    generator of the preconditioner's own. Parameters outside the layers get the diagonal of their row sums in F, which
-    is exact for a state-independent ``log_std``.
+    One backward pass gives all factors: its cotangents are random signs times a root of the Fisher metric.
+    Parameters outside the layers get the diagonal of their row sums in F, which is exact for a state-independent ``log_std``.
 
     :param forwards: the model on the rollout, made with ``layers`` to record; its family has a closed-form metric
     :param layers: the layers with Kronecker-factored blocks
@@ -125,13 +125,14 @@ class KroneckerPreconditioner:
 
         sums: dict[nn.Module, Factors] = {}
         row_sums = actor[0].new_zeros(sum(parameter.numel() for parameter in rest))
-        signs = _Signs(forwards.n_states)
         for chunk, _, new in forwards.graphs():
-            for layer, factors in _chunk_factors(new, chunk.weights, signs):
+            for layer, factors in _chunk_factors(chunk, new):
                 sums[layer] = Factors(*map(th.add, sums[layer], factors)) if layer in sums else factors
             if rest:
                 row_sums += gauss_newton_product(new.parts, chunk.weights, rest)(th.ones_like(row_sums))
-        self._inverses = [(layer, damped_inverses(factors, damping)) for layer, factors in sums.items()]
+        row_sums, *means = forwards.ranks.sum_each([row_sums, *(factor for factors in sums.values() for factor in factors)])
+        pairs = zip(sums, means[::2], means[1::2], strict=True)
+        self._inverses = [(layer, damped_inverses(Factors(A, G), damping)) for layer, A, G in pairs]
         self._diagonal = (row_sums.clamp(min=0.0) + max(damping, th.finfo(row_sums.dtype).eps)).reciprocal()
 
     def __call__(self, v: th.Tensor) -> th.Tensor:
@@ -158,34 +159,30 @@ class KroneckerPreconditioner:
         return flatten(parts)
 
 
-class _Signs:
-    """Random signs for every state, the same however the states are cut into chunks."""
+def random_signs(ids: th.Tensor, width: int) -> th.Tensor:
+    """
+    A hash of state and column as a random sign: the same for a state in whatever chunk or process it is.
 
-    def __init__(self, n_states: int) -> None:
-        self._n_states = n_states
-        self._drawn: th.Tensor | None = None
-        self._used = 0
+    The hash is the finaliser of SplitMix64 (Steele, Lea & Flood 2014), on signed integers.
 
-    def next(self, like: Sequence[th.Tensor]) -> list[th.Tensor]:
-        """Signs for the next states, in the shapes of some tensors with the states first."""
-        flat = [tensor.flatten(start_dim=1) for tensor in like]
-        widths = [tensor.shape[1] for tensor in flat]
-        if self._drawn is None:
-            device = like[0].device
-            generator = th.Generator(device).manual_seed(0)
-            self._drawn = th.randint(0, 2, (self._n_states, sum(widths)), generator=generator, device=device)
-        rows = self._drawn[self._used : self._used + len(flat[0])].to(like[0].dtype) * 2.0 - 1.0
-        self._used += len(rows)
-        return [part.view_as(tensor) for part, tensor in zip(rows.split(widths, dim=1), like, strict=True)]
+    :param ids: number of each state, shape ``(n_states,)``
+    :param width: number of columns
+    :return: −1 or 1, shape ``(n_states, width)``
+    """
+    bits = (ids.unsqueeze(1) * width + th.arange(1, width + 1, device=ids.device)) * -0x61C8864680B583EB
+    bits = (bits ^ (bits >> 30)) * -0x40A7B892E31B1A47
+    bits = (bits ^ (bits >> 27)) * -0x6B2FB644ECCEEE15
+    return 1 - 2 * ((bits ^ (bits >> 31)) & 1)
 
 
-def _chunk_factors(new: Forward, weights: th.Tensor, signs: _Signs) -> Iterator[tuple[nn.Module, Factors]]:
+def _chunk_factors(chunk: Rollout, new: Forward) -> Iterator[tuple[nn.Module, Factors]]:
     if not new.calls:
         return
     z = outputs(new.parts)
+    widths = [tensor[0].numel() for tensor in z]
     # What comes after a state in its sequence, padding too, reaches the layers below a memory.
-    is_real = weights > 0.0
-    noise = [sign * is_real.view(-1, *[1] * (sign.ndim - 1)) for sign in signs.next(z)]
+    signs = random_signs(chunk.state_ids, sum(widths)) * chunk.is_real.unsqueeze(1)
+    noise = [part.to(like.dtype).view_as(like) for part, like in zip(signs.split(widths, dim=1), z, strict=True)]
     cotangents = fisher_root(new.parts, noise)
     moving = [position for position, tensor in enumerate(z) if tensor.requires_grad]
     slopes = th.autograd.grad(
@@ -197,4 +194,4 @@ def _chunk_factors(new: Forward, weights: th.Tensor, signs: _Signs) -> Iterator[
     )
     for call, slope in zip(new.calls, slopes, strict=True):
         if slope is not None:
-            yield call.layer, call_factors(call, slope, weights)
+            yield call.layer, call_factors(call, slope, chunk.weights)

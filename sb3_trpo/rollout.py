@@ -1,6 +1,6 @@
 """The rollout as tensors: what the policy saw, what it did, and how good that turned out to be."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +8,9 @@ import torch as th
 from gymnasium import spaces
 from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+
+from sb3_trpo.distributed import ONE_RANK, Ranks
+from sb3_trpo.moments import moments
 
 #: What a policy sees. Dictionaries hold Dict observations, or an algorithm's further inputs beside the observations.
 Inputs = th.Tensor | dict[str, Any]
@@ -34,7 +37,8 @@ class Rollout:
     """
     States of a rollout, or some of them. The first dimension of every tensor counts the states.
 
-    A mean over the rollout is the sum weighted by ``weights``, so that the sums over its chunks add up to it.
+    A mean over the rollout is the sum weighted by ``weights``, so that the sums over its chunks add up to it, and so do those
+    over the shares that several processes have in it.
 
     States are selected in units: single states, or, for a policy with a memory, whole sequences of consecutive ones, padded
     to one length. Padding has weight 0. Tensors among the inputs that belong to sequences have one row for each of them.
@@ -46,6 +50,8 @@ class Rollout:
     :param weights: share of each state in the mean, shape ``(n_states,)``
     :param length: states of a unit
     :param ratios: π(a|s) / π_collecting(a|s), shape ``(n_states,)``, where another policy π looks at it; None for all 1
+    :param ids: number of each state in the whole rollout, shape ``(n_states,)``; None for 0, 1, 2, …
+    :param ranks: the processes that have shares in the rollout
     """
 
     inputs: Inputs
@@ -55,6 +61,8 @@ class Rollout:
     weights: th.Tensor
     length: int = 1
     ratios: th.Tensor | None = None
+    ids: th.Tensor | None = None
+    ranks: Ranks = ONE_RANK
 
     def select(self, index: slice | th.Tensor) -> "Rollout":
         """
@@ -77,7 +85,27 @@ class Rollout:
             returns=part(self.returns),
             weights=part(self.weights),
             ratios=None if self.ratios is None else part(self.ratios),
+            ids=part(self.state_ids),
         )
+
+    @property
+    def state_ids(self) -> th.Tensor:
+        """Number of each state in the whole rollout, shape ``(n_states,)``."""
+        return th.arange(self.n_states, device=self.weights.device) if self.ids is None else self.ids
+
+    def shared(self, ranks: Ranks) -> "Rollout":
+        """
+        The same states as this process' share in the rollout of all processes.
+
+        :param ranks: the processes; all take the same number of steps
+        :return: the share, with weights that add up to 1 over all processes, and numbers as if one process had all
+            environments, those of the first process first
+        """
+        if ranks.size == 1:
+            return self
+        here, total, before = ranks.n_envs[ranks.rank], sum(ranks.n_envs), sum(ranks.n_envs[: ranks.rank])
+        step, env = self.state_ids // here, self.state_ids % here
+        return replace(self, weights=self.weights * (here / total), ids=step * total + before + env, ranks=ranks)
 
     @property
     def n_states(self) -> int:
@@ -111,7 +139,7 @@ class Rollout:
         :return: the sample
         """
         sample = self.select(index)
-        return replace(sample, weights=sample.weights / sample.weights.sum())
+        return replace(sample, weights=sample.weights * (self.weights.sum() / sample.weights.sum()))
 
     def thin(self, factor: int) -> "Rollout":
         """
@@ -125,6 +153,21 @@ class Rollout:
         """
         shuffled = th.randperm(self.n_units, generator=th.Generator().manual_seed(0))
         return self.sample(shuffled[: -(-self.n_units // factor)].sort().values.to(self.actions.device))
+
+    def minibatches(self, size: int, equal: bool = False) -> Sequence[th.Tensor]:
+        """
+        Shuffle the units and cut them into pieces, as many in every process that has a share.
+
+        :param size: most states in a piece, which has one unit in any case
+        :param equal: make the pieces as equal as can be, instead of the last one smaller
+        :return: the units of each piece
+        """
+        order = th.randperm(self.n_units, device=self.actions.device)
+        pieces = order.split(self.units_in(size))
+        count = int(self.ranks.max(th.tensor(len(pieces), device=order.device)))
+        if not equal and len(pieces) == count:
+            return pieces
+        return order.repeat(-(-count // len(order))).tensor_split(count)  # a small share is gone through more than once
 
     def chunks(self, max_size: int | None) -> list["Rollout"]:
         """
@@ -206,9 +249,9 @@ def normalize_advantages(rollout: Rollout) -> Rollout:
     :param rollout: the rollout
     :return: the same rollout with normalised advantages
     """
-    advantages = rollout.advantages
-    real = advantages if rollout.length == 1 else advantages[rollout.is_real]
-    deviations, centred = real - real.mean(), advantages - real.mean()
-    spread = deviations.square().mean().sqrt() if len(real) < 2 else deviations.std()
-    rounding = th.finfo(advantages.dtype).eps * rollout.returns.abs().max()
+    real = rollout.is_real
+    seen = moments(rollout.advantages[real], rollout.ranks)
+    spread = (seen.variance * (seen.n_values / max(seen.n_values - 1, 1))).sqrt()
+    rounding = th.finfo(spread.dtype).eps * rollout.ranks.max(rollout.returns.abs().max())
+    centred = rollout.advantages - seen.mean
     return replace(rollout, advantages=th.where(spread <= rounding, th.zeros_like(centred), centred / (spread + 1e-8)))

@@ -62,7 +62,16 @@ def read_sequences(buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer, 
     advantages = padded(buffer.advantages).flatten()
     weights = th.as_tensor(is_real.flatten(), device=buffer.device).to(advantages) / (n_steps * n_envs)
     actions = as_taken(padded(buffer.actions), action_space)
-    return Rollout(inputs, actions, advantages, padded(buffer.returns).flatten(), weights, length=places.shape[1])
+    ids = np.arange(n_steps * n_envs).reshape(n_steps, n_envs).T.flatten()  # as if the states were in the order of the steps
+    return Rollout(
+        inputs,
+        actions,
+        advantages,
+        padded(buffer.returns).flatten(),
+        weights,
+        length=places.shape[1],
+        ids=th.as_tensor(ids[index], device=buffer.device),
+    )
 
 
 def lstm_states(stored: th.Tensor) -> LstmStates:

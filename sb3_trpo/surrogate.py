@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch as th
 from stable_baselines3.common.distributions import Distribution
 from torch import nn
 
+from sb3_trpo.distributed import Ranks
 from sb3_trpo.distributions import Components, components, detach, has_closed_form, joint_kl
 from sb3_trpo.layers import LayerCall, recorded_calls
 from sb3_trpo.line_search import Point
@@ -69,7 +70,8 @@ class Forwards:
     """
     A model's forward passes over a rollout at the parameters it has now, θ_old: their numbers, and their graphs.
 
-    Means over the rollout are sums over its chunks, so that memory is bounded by the largest chunk.
+    Means over the rollout are sums over its chunks, so that memory is bounded by the largest chunk, and over all processes
+    that have shares in it.
 
     :param forward: (rollout, layers to record) ↦ the model on its states
     :param chunks: the rollout, cut into pieces
@@ -94,9 +96,9 @@ class Forwards:
                 self._old = [copy.deepcopy(forward(chunk, ())) for chunk in chunks]
 
     @property
-    def n_states(self) -> int:
-        """Number of states in the rollout."""
-        return sum(chunk.n_states for chunk in self._chunks)
+    def ranks(self) -> Ranks:
+        """The processes that have shares in the rollout."""
+        return self._chunks[0].ranks
 
     @property
     def has_closed_form(self) -> bool:
@@ -124,7 +126,7 @@ class Forwards:
         for chunk, old, new in self.graphs():
             value = function(chunk, old, new)
             total += flatten(th.autograd.grad(value, theta, retain_graph=self.is_one_graph, materialize_grads=True))
-        return total
+        return self.ranks.sum(total)
 
 
 class Surrogate(Forwards):
@@ -149,8 +151,7 @@ class Surrogate(Forwards):
     @property
     def entropy(self) -> float:
         """Mean entropy of π_old in nats."""
-        chunks = zip(self._chunks, self._old, strict=True)
-        return float(sum(chunk.weights.dot(_entropy(old, _ratio(chunk, old, old))) for chunk, old in chunks))
+        return self._at_start[1]
 
     def gradient(self, actor: Sequence[th.Tensor]) -> th.Tensor:
         """
@@ -168,12 +169,12 @@ class Surrogate(Forwards):
 
         :return: L(θ) and D̄_KL(θ_old, θ)
         """
-        totals = th.zeros(2, device=self._chunks[0].weights.device, dtype=self._chunks[0].weights.dtype)
+        totals = self._zeros(2)
         for chunk, old in zip(self._chunks, self._old, strict=True):
             new = self._forward(chunk, ())
             kl = chunk.weights.dot(joint_kl(old.parts, new.parts))
             totals += th.stack([self._objective(chunk, old, new), kl])
-        objective, kl_value = totals.tolist()
+        objective, kl_value = self.ranks.sum(totals).tolist()
         return Point(objective, kl_value)
 
     def start(self) -> Point:
@@ -182,8 +183,17 @@ class Surrogate(Forwards):
 
         :return: E[Â] + c E[H(π_old)] and 0
         """
-        chunks = zip(self._chunks, self._old, strict=True)
-        return Point(float(sum(self._objective(chunk, old, old) for chunk, old in chunks)), 0.0)
+        return Point(self._at_start[0], 0.0)
+
+    @cached_property
+    def _at_start(self) -> tuple[float, float]:
+        """Objective and entropy at θ_old."""
+        totals = self._zeros(2)
+        for chunk, old in zip(self._chunks, self._old, strict=True):
+            entropy = chunk.weights.dot(_entropy(old, _ratio(chunk, old, old)))
+            totals += th.stack([self._objective(chunk, old, old), entropy])
+        objective, entropy_value = self.ranks.sum(totals).tolist()
+        return objective, entropy_value
 
     @th.no_grad()
     def ratios(self) -> th.Tensor:
@@ -194,6 +204,9 @@ class Surrogate(Forwards):
         """
         chunks = zip(self._chunks, self._old, strict=True)
         return th.cat([th.exp(self._forward(chunk, ()).log_prob - old.log_prob) for chunk, old in chunks])
+
+    def _zeros(self, n: int) -> th.Tensor:
+        return self._chunks[0].weights.new_zeros(n)
 
     def _objective(self, chunk: Rollout, old: Forward, new: Forward) -> th.Tensor:
         ratio = _ratio(chunk, old, new)

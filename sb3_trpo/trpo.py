@@ -15,22 +15,24 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_trpo.acting import Actor, Observations, action_transform, make_actor
 from sb3_trpo.actions import ACTION_BOUNDS, ACTION_OPTIONS, ActionOptionsPolicy, check_action_options
 from sb3_trpo.archive import Attributes
-from sb3_trpo.checkpoint import SavedAlgorithm
 from sb3_trpo.collect import Truncation, can_defer, complete_buffer, find_truncations, write_step
 from sb3_trpo.conjugate_gradient import conjugate_gradient
 from sb3_trpo.critic import CriticFit, fit_gauss_newton, fit_minibatches
+from sb3_trpo.distributed import find_place, local_device
+from sb3_trpo.distributed_algorithm import DistributedAlgorithm, with_all_ranks
 from sb3_trpo.distributions import without_validation
 from sb3_trpo.fisher import FisherOperator
 from sb3_trpo.guards import StepGuard, UpdateGuard, checked_steps, keeps_statistics
 from sb3_trpo.line_search import Outcome, Point, Search, backtracking_line_search, max_step_length, undamped_curvature
 from sb3_trpo.mlp import actor_chain, critic_chain
+from sb3_trpo.moments import moments
 from sb3_trpo.parameters import Snapshot, all_finite, assign, flatten
 from sb3_trpo.policies import (
     CnnPolicy,
@@ -77,7 +79,7 @@ def is_step(step: th.Tensor) -> bool:
     return bool(th.isfinite(step).all()) and bool(step.any())
 
 
-class TRPO(SavedAlgorithm):
+class TRPO(DistributedAlgorithm):
     """
     Trust Region Policy Optimization (TRPO).
 
@@ -136,6 +138,8 @@ class TRPO(SavedAlgorithm):
     :param return_scaling: let the critic predict returns divided by the running standard deviation of all returns so far
     :param action_bound: ``"clip"`` or ``"tanh"`` to bring Box actions to [-1, 1] so and scale them to the space's bounds; None
         to clip them to the bounds, as SB3 does
+    :param distributed: take every step together with the other processes that ``torchrun`` has started, each with
+        environments of its own; True if there must be others, False for none, None to find out
     :raises ValueError: an argument is out of range; the message names it, its value and what is allowed
     """
 
@@ -175,6 +179,7 @@ class TRPO(SavedAlgorithm):
         "cg_warm_start": BOOLEAN,
         "return_scaling": BOOLEAN,
         "action_bound": one_of(*ACTION_BOUNDS, None),
+        "distributed": one_of(True, False, None),
     }
 
     #: Training ends with an error after so many updates in a row that came to a NaN or an infinity, and were undone.
@@ -225,8 +230,10 @@ class TRPO(SavedAlgorithm):
         cg_warm_start: bool = False,
         return_scaling: bool = False,
         action_bound: str | None = None,
+        distributed: bool | None = None,
     ) -> None:
         check_arguments(TRPO.argument_rules, locals())
+        place = find_place(distributed)
         super().__init__(
             policy,
             env,
@@ -244,9 +251,9 @@ class TRPO(SavedAlgorithm):
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
-            verbose=verbose,
+            verbose=verbose if place.rank == 0 else 0,
             seed=seed,
-            device=device,
+            device=local_device(device, place),
             _init_setup_model=False,
             supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
         )
@@ -273,6 +280,7 @@ class TRPO(SavedAlgorithm):
         self.cg_warm_start = cg_warm_start
         self.return_scaling = return_scaling
         self.action_bound = action_bound
+        self.distributed = distributed
         self.return_moments = RunningMeanStd(epsilon=0.0)
         #: What the latest update did; None before the first.
         self.last_update: UpdateStats | None = None
@@ -371,6 +379,7 @@ class TRPO(SavedAlgorithm):
                 stacklevel=3,
             )
 
+    @with_all_ranks
     @keeps_statistics
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
@@ -465,7 +474,7 @@ class TRPO(SavedAlgorithm):
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
         buffers, guard = Snapshot(self.policy.buffers()), UpdateGuard(self.policy)
-        rollout = self._read_rollout()
+        rollout = self._read_rollout().shared(self._ranks)
         if self.normalize_advantage:
             rollout = normalize_advantages(rollout)
         actor = actor_parameters(self.policy, self._distribution, rollout.select(slice(1)).inputs)  # θ
@@ -509,8 +518,7 @@ class TRPO(SavedAlgorithm):
         """The units of the rollout that each step of the policy is computed from; None for all."""
         if self.policy_batch_size is None:
             return [None] * self.n_policy_updates
-        n_parts = -(-rollout.n_units // rollout.units_in(self.policy_batch_size))
-        return [part for _ in range(self.n_policy_updates) for part in th.randperm(rollout.n_units).tensor_split(n_parts)]
+        return [part for _ in range(self.n_policy_updates) for part in rollout.minibatches(self.policy_batch_size, equal=True)]
 
     def _from_here(
         self, surrogate: Surrogate, rollout: Rollout, part: th.Tensor | None, layers: list[nn.Module]
@@ -518,7 +526,7 @@ class TRPO(SavedAlgorithm):
         """The same objective as the present policy sees it, on some of the states."""
         seen = replace(rollout, ratios=surrogate.ratios())
         if part is not None:
-            seen = seen.sample(part.to(seen.actions.device))
+            seen = seen.sample(part)
         return seen, self._surrogate(seen, layers)
 
     def _guess(self, gradient: th.Tensor) -> th.Tensor | None:
@@ -628,8 +636,9 @@ class TRPO(SavedAlgorithm):
         if self.return_scaling:
             returns = rollout.returns
             rollout = replace(rollout, returns=returns / self._value_scale)
-            if all_finite([returns]):
-                self.return_moments.update(returns[rollout.is_real].cpu().numpy().astype(np.float64))
+            seen = moments(returns[rollout.is_real].cpu().double(), rollout.ranks)
+            if all_finite([seen.variance]):
+                self.return_moments.update_from_moments(seen.mean.numpy(), seen.variance.numpy(), seen.n_values)
         if self.critic_method == "gauss_newton":
             return fit_gauss_newton(
                 head,
@@ -670,8 +679,7 @@ class TRPO(SavedAlgorithm):
                 for statistic in ("std", "min", "max"):
                     record(f"train/{name}_{statistic}", getattr(summary, statistic), exclude="stdout")
         record("time/train_seconds", seconds)
-        buffer = self.rollout_buffer
-        record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        record("train/explained_variance", self._explained_variance())
         self._record_outcomes(steps)
         record("train/cg_status", steps[-1].solution.status.value, exclude="tensorboard")
         record("train/is_critic_fit_success", float(critic.succeeded))
@@ -680,6 +688,13 @@ class TRPO(SavedAlgorithm):
         if hasattr(self.policy, "log_std"):
             record("train/std", th.exp(self.policy.log_std).mean().item())
         record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _explained_variance(self) -> float:
+        """Share of the returns' variance that the values had explained; NaN where there is none."""
+        buffer = self.rollout_buffer
+        seen = np.stack([buffer.returns - buffer.values, buffer.returns], axis=-1).reshape(-1, 2)
+        unexplained, total = moments(th.from_numpy(seen), self._ranks).variance.tolist()
+        return 1.0 - unexplained / total if total > 0.0 else float("nan")
 
     def _record_outcomes(self, steps: list[PolicyStep]) -> None:
         accepted = [step.search.outcome is Outcome.ACCEPTED for step in steps]

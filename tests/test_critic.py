@@ -237,7 +237,7 @@ def test_regression_has_the_squared_error_and_half_its_downhill_slope(case):
     downhill = -0.5 * flatten(th.autograd.grad(loss, critic))
     for chunk_size in (None, 5):
         regression = Regression(case.values, case.rollout.chunks(chunk_size), [])
-        assert regression.loss() == pytest.approx(loss.item(), rel=1e-12)
+        assert regression.loss == pytest.approx(loss.item(), rel=1e-12)
         th.testing.assert_close(regression.gradient(critic), downhill, atol=1e-12, rtol=0.0)
 
 

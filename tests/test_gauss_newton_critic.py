@@ -344,18 +344,18 @@ def test_gradient_and_loss_are_autograds(chunk):
     loss = F.mse_loss(values_of(net)(data.inputs), data.returns)
     downhill = -0.5 * flatten(th.autograd.grad(loss, critic))
     regression = Regression(values_of(net), data.chunks(chunk), [])
-    assert regression.loss() == pytest.approx(loss.item(), rel=1e-12)
+    assert regression.loss == pytest.approx(loss.item(), rel=1e-12)
     th.testing.assert_close(regression.gradient(critic), downhill, atol=1e-14, rtol=1e-12)
 
 
 def test_regression_stays_at_its_parameters_and_anew_is_at_the_present_ones():
     net, data = network(6, 5), rollout()
     regression = Regression(values_of(net), data.chunks(None), [])
-    old = regression.loss()
+    old = regression.loss
     with th.no_grad():
         net[0].weight.add_(1.0)
-    assert regression.loss() == old
-    assert regression.anew().loss() == pytest.approx(error(net, data))
+    assert regression.loss == old
+    assert regression.anew().loss == pytest.approx(error(net, data))
 
 
 def test_dictionaries_of_observations():

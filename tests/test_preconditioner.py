@@ -16,7 +16,14 @@ from sb3_trpo.fisher import FisherOperator
 from sb3_trpo.layers import LayerCall, recorded_calls
 from sb3_trpo.mlp import chain
 from sb3_trpo.parameters import all_finite, flatten
-from sb3_trpo.preconditioner import Factors, KroneckerPreconditioner, call_factors, damped_inverses, factored_layers
+from sb3_trpo.preconditioner import (
+    Factors,
+    KroneckerPreconditioner,
+    call_factors,
+    damped_inverses,
+    factored_layers,
+    random_signs,
+)
 from sb3_trpo.rollout import Rollout
 from sb3_trpo.surrogate import Forward, Forwards, Surrogate
 
@@ -275,11 +282,25 @@ def test_it_is_the_kronecker_product_of_the_inverses(damping, n_outputs):
 
 
 def M_factor_G(net, x):
-    """G of a single layer, drawn as the preconditioner draws it: signs from a generator with seed 0."""
+    """G of a single layer, with the signs of the preconditioner."""
     n_outputs = net[-1].out_features
-    signs = th.randint(0, 2, (len(x), 2 * n_outputs), generator=th.Generator().manual_seed(0)).double() * 2.0 - 1.0
-    g = signs[:, :n_outputs] / 0.5
+    g = random_signs(th.arange(len(x)), 2 * n_outputs)[:, :n_outputs].double() / 0.5
     return g.T @ g / len(x)
+
+
+@pytest.mark.parametrize("first", [0, 10**9])
+def test_signs_are_fair_and_unrelated(first):
+    """Means and correlations over 2¹⁴ states stay within four standard deviations, 2⁻⁷ each."""
+    signs = random_signs(th.arange(first, first + 2**14), 9).double()
+    assert set(signs.flatten().tolist()) == {-1.0, 1.0}
+    assert float(signs.mean(dim=0).abs().max()) < 4 * 2**-7
+    assert float((signs.T @ signs / 2**14 - th.eye(9, dtype=DOUBLE)).abs().max()) < 4 * 2**-7
+    for lag in (1, 2, 1024):
+        assert float((signs[lag:].T @ signs[:-lag] / 2**14).abs().max()) < 5 * 2**-7
+
+
+def test_signs_belong_to_the_state():
+    assert th.equal(random_signs(th.arange(20), 3)[[7, 2]], random_signs(th.tensor([7, 2]), 3))
 
 
 def test_constant_input_and_enough_states_give_the_damped_kronecker_inverse():

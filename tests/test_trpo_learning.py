@@ -57,9 +57,9 @@ def mean_return_after_learning(env: Any, timesteps: int, policy: str = "MlpPolic
     return float(mean)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_cart_pole(seed: int) -> None:
-    assert mean_return_after_learning("CartPole-v1", 32_768, target_kl=0.02, seed=seed) >= 400.0
+def test_cart_pole() -> None:
+    """The median of three seeds; one in four ends below 400 after so few steps."""
+    assert np.median([mean_return_after_learning("CartPole-v1", 32_768, target_kl=0.02, seed=i) for i in range(3)]) >= 450.0
 
 
 def test_multi_discrete_actions() -> None:
