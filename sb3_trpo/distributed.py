@@ -7,6 +7,8 @@ process with all states would have; everything else in the update is a function 
 
 import atexit
 import os
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -241,11 +243,38 @@ def _meet(place: Place, device: th.device, timeout: float) -> None:
     try:
         store, rank, size = next(rendezvous("env://", timeout=wait))
         store.set_timeout(wait)
+        store = PrefixStore(_name_of_meeting(store, place, time.monotonic() + timeout), store)
         dist.init_process_group(backend, timeout=wait, store=PrefixStore("torch", store), rank=rank, world_size=size)
     except (RuntimeError, TimeoutError) as error:
-        raise RankError([], f"the processes did not meet within {timeout} seconds: {error}") from error
+        raise RankError([], f"the {place.size} processes could not meet (time-out: {timeout} seconds): {error}") from error
     _trace = Trace(place, PrefixStore("sb3_trpo", store))
     atexit.register(_part)
+
+
+def _name_of_meeting(store: "Store", place: Place, deadline: float) -> str:
+    """
+    Agree on a name that no earlier meeting has had.
+
+    After a restart the launcher's store still holds what the processes before have left there, their addresses among it. So
+    the first process makes up a name and calls out the guests, who have made up names of their own; a guest goes by the call
+    that it is in, and the first process waits until all have answered.
+    """
+    own = uuid.uuid4().hex
+    guests = [f"guest {rank}" for rank in range(1, place.size)]
+    if place.rank > 0:
+        store.set(guests[place.rank - 1], own)
+    while time.monotonic() < deadline:
+        if place.rank == 0 and store.check(guests):
+            store.set("call", " ".join([own, *(name.decode() for name in store.multi_get(guests))]))
+            if store.check([f"{own} {guest}" for guest in guests]):
+                return own
+        elif place.rank > 0 and store.check(["call"]):
+            name, *called = store.get("call").decode().split()
+            if own in called:
+                store.set(f"{name} {guests[place.rank - 1]}", "here")
+                return name
+        time.sleep(0.02)
+    raise TimeoutError("not all of them have come")
 
 
 def _part() -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 import sb3_trpo.distributed
 from sb3_trpo import NPG, TRPO, CheckpointCallback, MaskableTRPO, RankError, RecurrentTRPO, latest_checkpoint
-from sb3_trpo.distributed import ALONE, ONE_RANK, Place, find_place, join, local_device
+from sb3_trpo.distributed import ALONE, ONE_RANK, Place, _name_of_meeting, find_place, join, local_device
 from sb3_trpo.distributed_algorithm import check_fingerprints
 from sb3_trpo.moments import merged, moments
 from sb3_trpo.parameters import flatten
@@ -493,8 +494,24 @@ def test_processes_that_do_not_come_are_not_waited_for_for_ever(monkeypatch: pyt
         monkeypatch.setenv(name, value)
     model = TRPO("MlpPolicy", "CartPole-v1", n_steps=32, device="cpu")
     model.rank_timeout = 1.0
-    with pytest.raises(RankError, match=r"did not meet within 1\.0 seconds"):
+    with pytest.raises(RankError, match=r"2 processes could not meet \(time-out: 1\.0 seconds\)"):
         model.learn(64)
+
+
+def test_processes_that_died_leave_nothing_that_matters() -> None:
+    """The launcher's store is the same after a restart, with the names of the processes before in it."""
+    store = dist.HashStore()
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            places = [Place(rank, 3) for rank in (1, 0, 2)]
+            meetings = [pool.submit(_name_of_meeting, store, place, time.monotonic() + 10.0) for place in places]
+            (name,) = {meeting.result() for meeting in meetings}
+        names.append(name)
+    assert len(set(names)) == 3
+    for place in (Place(1, 3), Place(0, 3)):  # one alone, with what the others have left
+        with pytest.raises(TimeoutError, match="not all of them have come"):
+            _name_of_meeting(store, place, time.monotonic() + 0.1)
 
 
 # ---- checkpoints
