@@ -250,8 +250,9 @@ def normalize_advantages(rollout: Rollout) -> Rollout:
     :return: the same rollout with normalised advantages
     """
     real = rollout.is_real
-    seen = moments(rollout.advantages[real], rollout.ranks)
-    spread = (seen.variance * (seen.n_values / max(seen.n_values - 1, 1))).sqrt()
-    rounding = th.finfo(spread.dtype).eps * rollout.ranks.max(rollout.returns.abs().max())
-    centred = rollout.advantages - seen.mean
+    seen = moments(th.stack([rollout.advantages[real], rollout.returns[real]], dim=1), rollout.ranks)
+    (mean, mean_return), (variance, return_variance) = seen.mean, seen.variance
+    spread = (variance * (seen.n_values / max(seen.n_values - 1, 1))).sqrt()
+    rounding = th.finfo(spread.dtype).eps * (mean_return.square() + return_variance).sqrt()
+    centred = rollout.advantages - mean
     return replace(rollout, advantages=th.where(spread <= rounding, th.zeros_like(centred), centred / (spread + 1e-8)))
