@@ -101,7 +101,7 @@ TASKS = {
     "CartPoleNoVel-v1": hidden(
         "CartPoleNoVel-v1",
         30_000,
-        {"n_steps": 128, "gamma": 0.98, "gae_lambda": 0.95},
+        {"n_steps": 32, "gamma": 0.98},
         8,
         {
             "n_steps": 32,
@@ -116,7 +116,14 @@ TASKS = {
     "PendulumNoVel-v1": hidden(
         "PendulumNoVel-v1",
         60_000,
-        {"n_steps": 200, "gamma": 0.9},
+        {
+            "n_steps": 200,
+            "gamma": 0.9,
+            "gae_lambda": 0.9,
+            "use_sde": True,
+            "sde_sample_freq": 4,
+            "n_critic_steps": 3,
+        },
         4,
         {
             "n_steps": 1024,
