@@ -8,7 +8,8 @@ Recurrent: CartPole and Pendulum with velocities hidden. RecurrentPPO has RL Zoo
 ``zoo_hyperparams/trpo_lstm.yml``, both the same networks; plain TRPO has RecurrentTRPO's settings without the memory.
 Maskable: sb3-contrib's environments with invalid actions, and ``Placement`` with 64 actions. Both have the same rollouts and
 discount, and their defaults otherwise. Then each trained policy samples 10,000 actions under masks, and those that the masks
-forbid are counted. "RecurrentTRPO, longer" has 2.5 times the steps, for about RecurrentPPO's time. Seconds are CPU seconds of ``learn``.
+forbid are counted. "RecurrentTRPO, longer" has 2.5 times the steps, for about RecurrentPPO's time. Seconds are CPU seconds of
+``learn``.
 """
 
 import os
