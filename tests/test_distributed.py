@@ -227,6 +227,7 @@ def test_the_common_step_is_that_of_one_process_with_all_environments(name: str,
 def test_three_processes_take_the_step_of_one() -> None:
     results = together(update, "trpo", [2, 1, 1], th.float64, size=3)
     for result in results:
+        np.testing.assert_array_equal(result["own"], results[0]["own"])
         np.testing.assert_allclose(result["own"], results[0]["whole"], rtol=0.0, atol=1e-10)
 
 
