@@ -446,16 +446,20 @@ def test_a_process_that_comes_to_other_parameters_is_named(tmp_path: Path) -> No
 
 
 def be_killed(what: Callable[[Any], Any], timeout: float, folder: Path) -> None:
+    ready = folder / "ready"
     if rank() == 0:
+        while not ready.exists():  # the time-out is for what comes later
+            time.sleep(0.05)
         message = r"rank 1 does not answer any more.*rank 0 of 2.*last checkpoint"
         fail(what, message, timeout, folder)
     else:
         model = TRPO("MlpPolicy", make_vec_env("CartPole-v1", 1), n_steps=32, device="cpu")
         model.rank_timeout = timeout
+        ready.touch()
         model.learn(640, callback=[Acts(what), CheckpointCallback(folder, save_freq=64)])
 
 
-@pytest.mark.parametrize(("what", "timeout"), [(dies, 60.0), (hangs, 5.0)])
+@pytest.mark.parametrize(("what", "timeout"), [(dies, 60.0), (hangs, 10.0)])
 def test_a_process_that_dies_or_hangs_is_named_and_the_checkpoint_is_whole(
     what: Callable[[Any], Any], timeout: float, tmp_path: Path
 ) -> None:
