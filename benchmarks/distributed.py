@@ -4,9 +4,10 @@ Several processes that take one common step: scaling, all-reduces, and a model f
     python benchmarks/distributed.py            # some minutes; two free cores
     python benchmarks/distributed.py --table    # what the last run says
 
-HalfCheetah-v5 with ``VecNormalize``, networks of 64 and 64, two environments of 1,024 steps in a process. Weak scaling has as
-many environments in each of two processes as one process has alone; strong scaling has as many in all. The runs alternate, and
-every ratio is taken within one repetition. A run's speed is that of the updates after the first two, by the wall clock.
+HalfCheetah-v5 with ``VecNormalize``, networks of 64 and 64, two or eight environments of 1,024 steps in a process. Weak scaling
+has as many environments in each of two processes as one process has alone; strong scaling has as many in all. Two processes
+that train apart at the same time show what the machine has to give. The runs alternate, and every ratio is taken within one
+repetition. A run's speed is that of the updates after the first two, by the wall clock.
 
 The model of an update's time with N processes, from the time t of one process with its share, and the k sums of s bytes:
 T(N) = t + Σₖ (2 ⌈log₂ N⌉ α + 2 (N − 1) / N · sₖ / B), with latency α and bandwidth B of the network.
@@ -21,14 +22,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent
-WARM_UP, N_UPDATES, N_STEPS, N_ENVS = 2, 12, 1024, 2
+WARM_UP, N_UPDATES, N_STEPS = 2, 12, 1024
 #: Latency in seconds, and bandwidth in bytes a second.
 NETWORKS = {"TCP, 10 Gbit/s": (50e-6, 1.25e9), "InfiniBand, 200 Gbit/s": (5e-6, 25e9)}
-TASKS = {"HalfCheetah-v5": {"n_steps": N_STEPS}, "Humanoid-v5": {"n_steps": N_STEPS}}
+#: Name ↦ environment, and how many of them a process has.
+TASKS = {"HalfCheetah-v5 x 2": ("HalfCheetah-v5", 2), "HalfCheetah-v5 x 8": ("HalfCheetah-v5", 8)}
 
 
 def work(task: str, n_envs: int, out: Path) -> None:
@@ -66,7 +70,7 @@ def work(task: str, n_envs: int, out: Path) -> None:
             return True
 
     env = VecNormalize(make_vec_env(task, n_envs), gamma=0.99)
-    model = TRPO("MlpPolicy", env, seed=0, device="cpu", **TASKS[task])
+    model = TRPO("MlpPolicy", env, n_steps=N_STEPS, seed=0, device="cpu")
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
     model.learn((WARM_UP + N_UPDATES + 1) * N_STEPS * n_envs * n_processes, callback=Clock())
     (start, first_step, first_sum), (end, last_step, last_sum) = clock[WARM_UP], clock[WARM_UP + N_UPDATES]
@@ -79,6 +83,16 @@ def work(task: str, n_envs: int, out: Path) -> None:
             "sum_bytes": sizes[first_sum : clock[WARM_UP + 1][2]],
         }
         out.write_text(json.dumps(row), encoding="utf-8")
+
+
+def run_apart(task: str, n_envs: int) -> dict[str, Any]:
+    """Two processes that know nothing of each other."""
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(lambda _: run(task, 1, n_envs), range(2)))
+    return {
+        "steps_per_second": sum(row["steps_per_second"] for row in rows),
+        "seconds_per_update": rows[0]["seconds_per_update"],
+    }
 
 
 def run(task: str, n_processes: int, n_envs: int) -> dict[str, Any]:
@@ -99,15 +113,23 @@ def run(task: str, n_processes: int, n_envs: int) -> dict[str, Any]:
 
 def measure(task: str, repetitions: int) -> dict[str, Any]:
     """Median speeds, and medians of their ratios."""
-    runs: dict[str, list[dict[str, Any]]] = {"one": [], "two": [], "one_with_all": []}
+    env, n_envs = TASKS[task]
+    kinds: dict[str, Callable[[], dict[str, Any]]] = {
+        "one": lambda: run(env, 1, n_envs),
+        "two": lambda: run(env, 2, n_envs),
+        "apart": lambda: run_apart(env, n_envs),
+        "one_with_all": lambda: run(env, 1, 2 * n_envs),
+    }
+    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for repetition in range(repetitions):
-        for kind, n_processes, n_envs in (("one", 1, N_ENVS), ("two", 2, N_ENVS), ("one_with_all", 1, 2 * N_ENVS)):
-            runs[kind].append(run(task, n_processes, n_envs))
+        for kind, make_run in kinds.items():
+            runs[kind].append(make_run())
             print(f"{task} {repetition} {kind}: {runs[kind][-1]['steps_per_second']:,.0f} steps/s", flush=True)
 
-    def ratio(kind: str) -> list[float]:
-        pairs = zip(runs["two"], runs[kind], strict=True)
-        return [round(two["steps_per_second"] / one["steps_per_second"], 3) for two, one in pairs]
+    def ratio(of: str, to: str) -> dict[str, Any]:
+        pairs = zip(runs[of], runs[to], strict=True)
+        ratios = [round(upper["steps_per_second"] / lower["steps_per_second"], 3) for upper, lower in pairs]
+        return {"median": round(statistics.median(ratios), 3), "all": ratios}
 
     def median(kind: str, key: str) -> float:
         return round(statistics.median(row[key] for row in runs[kind]), 4)
@@ -116,8 +138,10 @@ def measure(task: str, repetitions: int) -> dict[str, Any]:
         "repetitions": repetitions,
         "steps_per_second": {kind: round(median(kind, "steps_per_second")) for kind in runs},
         "seconds_per_update": {kind: median(kind, "seconds_per_update") for kind in runs},
-        "weak_scaling": {"median": round(statistics.median(ratio("one")), 3), "all": ratio("one")},
-        "strong_scaling": {"median": round(statistics.median(ratio("one_with_all")), 3), "all": ratio("one_with_all")},
+        "weak_scaling": ratio("two", "one"),
+        "strong_scaling": ratio("two", "one_with_all"),
+        "apart": ratio("apart", "one"),
+        "two_of_apart": ratio("two", "apart"),
         "sums_per_update": median("two", "sums_per_update"),
         "bytes_per_update": round(median("two", "bytes_per_update")),
         "sum_bytes": runs["two"][0]["sum_bytes"],
@@ -135,8 +159,9 @@ def print_table(results: dict[str, Any]) -> None:
     for task, result in results.items():
         speeds, sums = result["steps_per_second"], result["sums_per_update"]
         print(f"\n{task}, median of {result['repetitions']} repetitions")
-        print(f"  steps/s: one process {speeds['one']:,}, two {speeds['two']:,}, one with all {speeds['one_with_all']:,}")
-        print(f"  weak scaling {result['weak_scaling']['median']}x, strong scaling {result['strong_scaling']['median']}x")
+        print(f"  steps/s: {', '.join(f'{kind} {speed:,}' for kind, speed in speeds.items())}")
+        for name in ("weak_scaling", "strong_scaling", "apart", "two_of_apart"):
+            print(f"  {name} {result[name]['median']} ({min(result[name]['all'])} to {max(result[name]['all'])})")
         print(f"  {sums:.1f} sums and {result['bytes_per_update'] / 1e3:,.0f} kB an update")
         for network, (latency, bandwidth) in NETWORKS.items():
             alone = result["seconds_per_update"]["one"]
