@@ -4,8 +4,8 @@ Several processes that take one common step: scaling, all-reduces, and a model f
     python benchmarks/distributed.py            # some minutes; two free cores
     python benchmarks/distributed.py --table    # what the last run says
 
-HalfCheetah-v5 with ``VecNormalize``, networks of 64 and 64, two or eight environments of 1,024 steps in a process. Weak scaling
-has as many environments in each of two processes as one process has alone; strong scaling has as many in all. Two processes
+HalfCheetah-v5 with ``VecNormalize``, 64 and 64 units, two or eight environments of 1,024 steps in a process. Weak scaling has
+as many environments in each of two processes as one process has alone; strong scaling has as many in all. Two processes
 that train apart at the same time show what the machine has to give. The runs alternate, and every ratio is taken within one
 repetition. A run's speed is that of the updates after the first two, by the wall clock.
 
