@@ -124,7 +124,7 @@ class Rollout:
         :param n_states: number of states, at least 1
         :return: number of units, at least 1
         """
-        return max(n_states // self.length, 1)
+        return int(max(n_states // self.length, 1))
 
     @property
     def is_real(self) -> th.Tensor:

@@ -260,3 +260,12 @@ def test_ratios_go_with_their_states():
     assert th.cat([chunk.ratios for chunk in seen.chunks(2)]).tolist() == ratios.tolist()
     assert seen.thin(2).ratios.tolist() == (seen.thin(2).inputs["index"] + 0.5).tolist()
     assert normalize_advantages(seen).ratios is ratios
+
+
+@pytest.mark.parametrize("size", [4, np.int64(4)])
+def test_minibatches_go_through_all_states_once(size: int) -> None:
+    rollout = make_rollout(th.randn(10))
+    for equal, sizes in ((False, [4, 4, 2]), (True, [4, 3, 3])):
+        pieces = rollout.minibatches(size, equal)
+        assert [len(piece) for piece in pieces] == sizes
+        assert th.cat(list(pieces)).sort().values.tolist() == list(range(10))
