@@ -164,9 +164,10 @@ class Ranks:
         :param tensor: of the same shape everywhere
         :return: all of them, shape ``(size, ...)``, in the order of the ranks
         """
-        rows = [th.empty_like(tensor) for _ in range(self.size)] if self.size > 1 else [tensor]
-        if self.size > 1:
-            self._call(dist.all_gather, rows, tensor.contiguous())
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        rows = [th.empty_like(tensor) for _ in range(self.size)]
+        self._call(dist.all_gather, rows, tensor.contiguous())
         return th.stack(rows)
 
     def gather_objects(self, value: Any) -> list[Any]:

@@ -301,7 +301,6 @@ class Recorder(BaseCallback):
 
 def train(folder: Path, n_envs: list[int], n_updates: int = 3, **kwargs: Any) -> dict[str, Any]:
     env = VecNormalize(make_vec_env("Pendulum-v1", n_envs[rank()]), gamma=0.9)
-    first_actions: list[Any] = []
     arguments = {"n_steps": 200, "seed": 3, "device": "cpu", "policy_kwargs": {"net_arch": [16]}, **kwargs}
     model = TRPO("MlpPolicy", env, verbose=1, tensorboard_log=str(folder / f"log_{rank()}"), **arguments)
     everywhere, first = Recorder(on_every_rank=True), Recorder()
@@ -318,7 +317,6 @@ def train(folder: Path, n_envs: list[int], n_updates: int = 3, **kwargs: Any) ->
         "moments": [(rms.mean, rms.var, rms.count) for rms in (env.obs_rms, env.ret_rms)],
         "episodes": [episode["r"] for episode in model.ep_info_buffer],
         "logged": (folder / f"log_{rank()}").exists(),
-        "first_action": first_actions,
     }
 
 
@@ -344,14 +342,14 @@ def test_a_training_is_one_training(tmp_path: Path) -> None:
     np.testing.assert_allclose(a["moments"][0][1], seen.var(axis=0), rtol=0.02)
 
 
-def evaluate(folder: Path) -> tuple[int, bool]:
+def evaluate() -> int:
     callback = EvalCallback(make_vec_env("CartPole-v1", 1), eval_freq=10, n_eval_episodes=1, verbose=0)
-    model = TRPO("MlpPolicy", make_vec_env("CartPole-v1", 1), n_steps=32, device="cpu").learn(64, callback=callback)
-    return callback.n_calls, isinstance(model.ep_info_buffer, type(model.ep_success_buffer))
+    TRPO("MlpPolicy", make_vec_env("CartPole-v1", 1), n_steps=32, device="cpu").learn(64, callback=callback)
+    return callback.n_calls
 
 
-def test_the_first_process_evaluates(tmp_path: Path) -> None:
-    assert [calls for calls, _ in together(evaluate, tmp_path)] == [32, 0]
+def test_the_first_process_evaluates() -> None:
+    assert together(evaluate) == [32, 0]
 
 
 def stop(stopper: int) -> tuple[int, int, int, bool]:
@@ -431,14 +429,13 @@ def hangs(model: Any) -> None:
     time.sleep(600)
 
 
-def fail(what: Callable[[Any], Any], message: str, timeout: float, folder: Path) -> float:
+def fail(what: Callable[[Any], Any], message: str, timeout: float, folder: Path) -> None:
     model = TRPO("MlpPolicy", make_vec_env("CartPole-v1", 1), n_steps=32, device="cpu")
     model.rank_timeout = timeout
     callbacks: list[BaseCallback] = [Acts(what), CheckpointCallback(folder, save_freq=64)]
     with pytest.raises(RankError, match=message) as error:
         model.learn(640, callback=callbacks)
     assert error.value.ranks == (1,)
-    return 0.0
 
 
 def test_a_process_that_comes_to_other_parameters_is_named(tmp_path: Path) -> None:
