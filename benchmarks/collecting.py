@@ -28,10 +28,11 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_trpo import acting, stepping, trpo
-from sb3_trpo.parameters import Snapshot
+from sb3_trpo import trpo
+from sb3_trpo.optim.batch import read_rollout
+from sb3_trpo.optim.parameters import Snapshot
 from sb3_trpo.policies import actor_parameters
-from sb3_trpo.rollout import read_rollout
+from sb3_trpo.rollouts import fast_step, samplers
 
 N_STEPS, N_ENVS = 1024, 2
 BOOKS = "callbacks, episode statistics"
@@ -48,11 +49,11 @@ PEER: list[Patch] = [
     (OnPolicyAlgorithm, "_update_info_buffer", BOOKS),
 ]
 OURS: list[Patch] = [
-    (stepping, "step_dummy", "vectorising"),
-    (stepping, "step_normalize", "normalising"),
-    (acting.ChainActor, "__call__", "acting"),
-    (acting.ChainActor, "__init__", "acting"),
-    (trpo, "complete_buffer", "evaluating"),
+    (fast_step, "step_dummy", "vectorising"),
+    (fast_step, "step_normalize", "normalising"),
+    (samplers.NumpyActionSampler, "__call__", "acting"),
+    (samplers.NumpyActionSampler, "__init__", "acting"),
+    (trpo, "evaluate_rollout", "evaluating"),
     (trpo, "write_step", "buffer"),
     (CallbackList, "on_step", BOOKS),
     (OnPolicyAlgorithm, "_update_info_buffer", BOOKS),

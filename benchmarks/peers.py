@@ -29,7 +29,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import nn
 
 import sb3_trpo
-from sb3_trpo.tianshou_peer import TIANSHOU_SHAPE
+from sb3_trpo.zoo.tianshou_peer import TIANSHOU_SHAPE
 
 th.set_num_threads(1)
 

@@ -29,7 +29,7 @@ from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
-from sb3_trpo.tianshou_peer import tianshou_trpo
+from sb3_trpo.zoo.tianshou_peer import tianshou_trpo
 
 N_STATES = 2048
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -183,7 +183,7 @@ def make_contenders(scenario: Scenario, threads: int, clock: Callable[[], float]
     own = peers.as_ours(settings, env.action_space)
     contenders = {"ours": sb3_contender(peers.ours(env, **own), clock)}
     if kind == "envpool":
-        from sb3_trpo.envpool import make_envpool
+        from sb3_trpo.vec_env.envpool import make_envpool
 
         def pool(n_threads: int) -> VecEnv:
             pooled: VecEnv = make_envpool(task, n_envs, seed=0, num_threads=n_threads)

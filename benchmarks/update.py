@@ -42,12 +42,12 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 import sb3_trpo.trpo as our_module
-from sb3_trpo.conjugate_gradient import conjugate_gradient
-from sb3_trpo.fisher import FisherOperator
+from sb3_trpo.optim.batch import RolloutBatch, normalize_advantages, read_rollout
+from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
+from sb3_trpo.optim.fisher import FisherOperator
+from sb3_trpo.optim.objective import Surrogate
 from sb3_trpo.policies import actor_parameters
-from sb3_trpo.rollout import Rollout, normalize_advantages, read_rollout
-from sb3_trpo.surrogate import Surrogate
-from sb3_trpo.tianshou_peer import tianshou_trpo
+from sb3_trpo.zoo.tianshou_peer import tianshou_trpo
 
 FRAMES = spaces.Box(0, 255, (4, 84, 84), np.uint8)
 BUFFER_ARRAYS = ("observations", "actions", "rewards", "advantages", "returns", "episode_starts", "log_probs", "values")
@@ -339,7 +339,7 @@ class Quadratic:
         floats = preprocess_obs(rollout.inputs, space).double()
         actions = rollout.actions.double() if rollout.actions.is_floating_point() else rollout.actions
         doubles = [tensor.double() for tensor in (rollout.advantages, rollout.returns, rollout.weights)]
-        rollout = Rollout(floats, actions, *doubles)
+        rollout = RolloutBatch(floats, actions, *doubles)
 
         def distribution(inputs: th.Tensor) -> Any:
             latent = policy.mlp_extractor.forward_actor(policy.pi_features_extractor(inputs))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import gymnasium as gym
 
 from sb3_trpo import __version__
-from sb3_trpo.user_input import InputError, closest
+from sb3_trpo.errors import UsageError, did_you_mean
 
 
 class Command(NamedTuple):
@@ -71,7 +71,7 @@ def check_env(arguments: Sequence[str]) -> None:
     Check the environment before the zoo looks for files of it.
 
     :param arguments: the command's
-    :raises InputError: ``--env`` names no registered environment
+    :raises UsageError: ``--env`` names no registered environment
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--env")
@@ -80,7 +80,7 @@ def check_env(arguments: Sequence[str]) -> None:
     for package in ["rl_zoo3.import_envs", *known.gym_packages]:
         importlib.import_module(package)
     if known.env is not None and known.env not in gym.registry:
-        raise InputError(f"{known.env}: unknown environment{closest(known.env, gym.registry)}")
+        raise UsageError(f"{known.env}: unknown environment{did_you_mean(known.env, gym.registry)}")
 
 
 _train = partial(zoo, "rl_zoo3.train", "--algo", "trpo")
@@ -91,10 +91,10 @@ COMMANDS = {
     "record-video": Command(
         zoo("rl_zoo3.record_video", "--algo", "trpo", "--folder", "logs"), "record a video of a trained agent"
     ),
-    "gif": Command(own("sb3_trpo.gif"), "turn a video into an animated GIF"),
-    "plot": Command(own("sb3_trpo.plots"), "draw learning curves and the trust region, from a folder or a results file"),
-    "benchmark": Command(own("sb3_trpo.benchmark"), "train and compare algorithms, over environments and seeds"),
-    "convert": Command(own("sb3_trpo.convert"), "convert hyperparameters of sb3-contrib's TRPO"),
+    "gif": Command(own("sb3_trpo.zoo.gif"), "turn a video into an animated GIF"),
+    "plot": Command(own("sb3_trpo.zoo.plots"), "draw learning curves and the trust region, from a folder or a results file"),
+    "benchmark": Command(own("sb3_trpo.zoo.benchmark"), "train and compare algorithms, over environments and seeds"),
+    "convert": Command(own("sb3_trpo.zoo.convert"), "convert hyperparameters of sb3-contrib's TRPO"),
     "plot-train": Command(zoo("rl_zoo3.cli", "plot_train", one_env=False), "RL Zoo's plot of training episodes"),
     "all-plots": Command(zoo("rl_zoo3.cli", "all_plots", one_env=False), "RL Zoo's plots and table of evaluations"),
     "plot-from-file": Command(
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.startswith("sb3_trpo"):
             raise
         words = f"the module {error.name!r} is missing; pip install 'sb3_trpo[zoo]' brings what the commands need"
-    except (InputError, gym.error.Error) as error:
+    except (UsageError, gym.error.Error) as error:
         words = str(error)
     except (ValueError, AssertionError) as error:
         if not said_by_zoo(error):

@@ -20,7 +20,7 @@ from torch.distributions import Bernoulli, Independent, TransformedDistribution
 from torch.distributions import Distribution as TorchDistribution
 from torch.nn import functional as F
 
-from sb3_trpo.validation import POSITIVE_INTEGER_OR_NONE, Rule, check_arguments, one_of
+from sb3_trpo.arguments import POSITIVE_INTEGER_OR_NONE, Rule, check_arguments, one_of
 
 ACTION_BOUNDS = ("clip", "tanh")
 #: The policies' own arguments.
@@ -33,7 +33,7 @@ OPTION_RULES = {
 }
 
 DistributionFunction = Callable[[th.Tensor], TorchDistribution]
-SelfUserDistribution = TypeVar("SelfUserDistribution", bound="UserDistribution")
+SelfUserDistribution = TypeVar("SelfUserDistribution", bound="CustomDistribution")
 
 
 def log_tanh_slope(u: th.Tensor) -> th.Tensor:
@@ -63,7 +63,7 @@ class TanhGaussianDistribution(DiagGaussianDistribution):
         return
 
 
-class UserDistribution(Distribution):
+class CustomDistribution(Distribution):
     """
     A distribution that a function makes from the network's outputs.
 
@@ -192,7 +192,7 @@ def _mode(distribution: TorchDistribution) -> th.Tensor:
     return th.where(mode.isfinite(), mode, distribution.mean) if mode.is_floating_point() else mode
 
 
-class ActionOptionsPolicy(ActorCriticPolicy):
+class BoundedActionPolicy(ActorCriticPolicy):
     """
     SB3's actor-critic policy with a choice of action bounds and distributions.
 
@@ -229,7 +229,7 @@ class ActionOptionsPolicy(ActorCriticPolicy):
         if self.dist_fn is None:
             return
         n_outputs = self.n_dist_outputs or 2 * get_action_dim(self.action_space)
-        self.action_dist = UserDistribution(self.dist_fn, n_outputs, _flat_shape(self.action_space), is_tanh_bounded)
+        self.action_dist = CustomDistribution(self.dist_fn, n_outputs, _flat_shape(self.action_space), is_tanh_bounded)
         self.action_net = self.action_dist.proba_distribution_net(self.mlp_extractor.latent_dim_pi)
         if self.ortho_init:
             self.init_weights(self.action_net, gain=0.01)
@@ -238,7 +238,7 @@ class ActionOptionsPolicy(ActorCriticPolicy):
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
-        if isinstance(self.action_dist, UserDistribution):
+        if isinstance(self.action_dist, CustomDistribution):
             return self.action_dist.proba_distribution(self.action_net(latent_pi))
         return super()._get_action_dist_from_latent(latent_pi)
 

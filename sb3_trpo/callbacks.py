@@ -5,9 +5,9 @@ import re
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_trpo.distributed_algorithm import DistributedAlgorithm
-from sb3_trpo.signals import catch_signals, exit_status, received_signal, release_signals
-from sb3_trpo.validation import BOOLEAN, POSITIVE_INTEGER, POSITIVE_INTEGER_OR_NONE, check_arguments
+from sb3_trpo.arguments import BOOLEAN, POSITIVE_INTEGER, POSITIVE_INTEGER_OR_NONE, check_arguments
+from sb3_trpo.distributed.synchronization import DistributedAlgorithm
+from sb3_trpo.saving.signals import catch_signals, exit_status, received_signal, release_signals
 
 
 class CheckpointCallback(BaseCallback):
@@ -69,7 +69,7 @@ class CheckpointCallback(BaseCallback):
         release_signals()
 
     def _between_updates(self, finished: bool) -> None:
-        steps, number = self.model.num_timesteps, self.model.agreed_signal(received_signal())
+        steps, number = self.model.num_timesteps, self.model.sync_signal(received_signal())
         due = steps // self.save_freq > self._last_save // self.save_freq
         if due or (steps > self._last_save and (finished or number is not None)):
             self._save(steps)

@@ -1,5 +1,6 @@
 """What can be wrong with a file, a number or a worker, by name."""
 
+import difflib
 import io
 import pathlib
 from collections.abc import Iterable
@@ -80,3 +81,19 @@ class RankError(RuntimeError):
     def __init__(self, ranks: Iterable[int], reason: str) -> None:
         self.ranks = tuple(ranks)
         super().__init__(reason)
+
+
+class UsageError(ValueError):
+    """Something that the user gave cannot be used; the message says what, and what can."""
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """
+    Suggest what a misspelt name may have meant.
+
+    :param name: the unknown name
+    :param names: the known ones
+    :return: ``"; did you mean 'this'?"``, or nothing
+    """
+    matches = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -13,9 +13,9 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-from sb3_trpo.atomic import atomic_write
-from sb3_trpo.checkpoint import SavedAlgorithm
-from sb3_trpo.distributions import without_validation
+from sb3_trpo.optim.distributions import without_validation
+from sb3_trpo.saving.atomic import atomic_write
+from sb3_trpo.saving.checkpoint import SavedAlgorithm
 
 
 def export_onnx(model: SavedAlgorithm, path: str | pathlib.Path) -> None:

@@ -23,9 +23,9 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_trpo.acting import Actor, Observations, make_lean_actor
-from sb3_trpo.critic import CriticFit
-from sb3_trpo.rollout import Inputs, Rollout
+from sb3_trpo.optim.batch import Inputs, RolloutBatch
+from sb3_trpo.optim.critic import CriticFit
+from sb3_trpo.rollouts.samplers import ActionSampler, Observations, make_numpy_sampler
 from sb3_trpo.trpo import TRPO
 
 SelfMaskableTRPO = TypeVar("SelfMaskableTRPO", bound="MaskableTRPO")
@@ -155,10 +155,10 @@ class MaskableTRPO(TRPO):
             self.use_masking,
         )
 
-    def _make_actor(self, env: VecEnv, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> Actor:
+    def _make_actor(self, env: VecEnv, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> ActionSampler:
         policy, stored, use_masking = self.policy, self.rollout_buffer.action_masks, self.use_masking
         shape: tuple[int, ...] = self.action_space.shape  # type: ignore[assignment]
-        lean_act = make_lean_actor(policy, n_rollout_steps, env.num_envs)
+        lean_act = make_numpy_sampler(policy, n_rollout_steps, env.num_envs)
 
         def act(observations: Observations, step: int) -> np.ndarray:
             action_masks: np.ndarray | None = None
@@ -173,7 +173,7 @@ class MaskableTRPO(TRPO):
 
         return act
 
-    def _evaluate(self, rollout: Rollout) -> tuple[th.Tensor, th.Tensor]:
+    def _evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
         observations, action_masks = _apart(rollout.inputs)
         return self.policy.evaluate_actions(observations, rollout.actions, action_masks=action_masks)[:2]
 
@@ -181,7 +181,7 @@ class MaskableTRPO(TRPO):
         observations, action_masks = _apart(inputs)
         return self.policy.get_distribution(observations, action_masks=action_masks)
 
-    def _fit_critic(self, rollout: Rollout, actor: list[nn.Parameter]) -> CriticFit:
+    def _fit_critic(self, rollout: RolloutBatch, actor: list[nn.Parameter]) -> CriticFit:
         return super()._fit_critic(replace(rollout, inputs=_apart(rollout.inputs)[0]), actor)
 
     def predict(

@@ -11,12 +11,12 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule
 from torch import nn
 
-from sb3_trpo.line_search import Outcome, Point, Search
-from sb3_trpo.parameters import Snapshot, assign, flatten
-from sb3_trpo.stats import PolicyStep
-from sb3_trpo.surrogate import Surrogate
+from sb3_trpo.arguments import POSITIVE_OR_SCHEDULE_OR_NONE, Rule, check_arguments
+from sb3_trpo.optim.line_search import Evaluation, LineSearchResult, LineSearchStatus
+from sb3_trpo.optim.objective import Surrogate
+from sb3_trpo.optim.parameters import Snapshot, assign, flatten
+from sb3_trpo.optim.statistics import PolicyStep
 from sb3_trpo.trpo import TRPO, is_step
-from sb3_trpo.validation import POSITIVE_OR_SCHEDULE_OR_NONE, Rule, check_arguments
 
 SelfNPG = TypeVar("SelfNPG", bound="NPG")
 
@@ -134,21 +134,21 @@ class NPG(TRPO):
         return FloatSchedule(schedule)(self._current_progress_remaining)
 
     def _search(
-        self, surrogate: Surrogate, actor: list[nn.Parameter], step: th.Tensor, start: Point, expected: float
-    ) -> Search:
+        self, surrogate: Surrogate, actor: list[nn.Parameter], step: th.Tensor, start: Evaluation, expected: float
+    ) -> LineSearchResult:
         """Take the step; take it back if it leads nowhere. See :meth:`TRPO._search`."""
         if not is_step(step):
-            return Search(Outcome.SKIPPED, 0.0, 0, start)
+            return LineSearchResult(LineSearchStatus.SKIPPED, 0.0, 0, start)
         before = Snapshot(actor)
         assign(actor, flatten(actor).detach() + step)
         point = surrogate.evaluate()
         if math.isfinite(point.objective) and math.isfinite(point.kl):
-            return Search(Outcome.ACCEPTED, 1.0, 0, point)
+            return LineSearchResult(LineSearchStatus.ACCEPTED, 1.0, 0, point)
         before.restore()
-        return Search(Outcome.REJECTED, 0.0, 0, start)
+        return LineSearchResult(LineSearchStatus.REJECTED, 0.0, 0, start)
 
     def _record_outcomes(self, steps: list[PolicyStep]) -> None:
-        accepted = [step.search.outcome is Outcome.ACCEPTED for step in steps]
+        accepted = [step.search.outcome is LineSearchStatus.ACCEPTED for step in steps]
         self.logger.record("train/is_step_success", float(np.mean(accepted)))
         if self.actor_step_size is None:
             self.logger.record("train/target_kl", self._current_target_kl)

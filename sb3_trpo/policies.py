@@ -15,22 +15,22 @@ from stable_baselines3.common.policies import (
 from stable_baselines3.common.preprocessing import is_image_space
 from torch import nn
 
-from sb3_trpo.actions import ActionOptionsPolicy
-from sb3_trpo.distributions import components, joint_kl
-from sb3_trpo.rollout import Inputs
-from sb3_trpo.surrogate import PolicyFunction
+from sb3_trpo.actions import BoundedActionPolicy
+from sb3_trpo.optim.batch import Inputs
+from sb3_trpo.optim.distributions import components, joint_kl
+from sb3_trpo.optim.objective import PolicyFunction
 
 
-class MlpPolicy(ActionOptionsPolicy):
+class MlpPolicy(BoundedActionPolicy):
     """
     SB3's MLP policy.
 
     :param args: as SB3's ``ActorCriticPolicy``
-    :param kwargs: as SB3's ``ActorCriticPolicy``, and those of :class:`~sb3_trpo.actions.ActionOptionsPolicy`
+    :param kwargs: as SB3's ``ActorCriticPolicy``, and those of :class:`~sb3_trpo.actions.BoundedActionPolicy`
     """
 
 
-class CnnPolicy(ActionOptionsPolicy, ActorCriticCnnPolicy):
+class CnnPolicy(BoundedActionPolicy, ActorCriticCnnPolicy):
     """
     SB3's CNN policy, with a features extractor each for actor and critic unless told otherwise.
 
@@ -38,7 +38,7 @@ class CnnPolicy(ActionOptionsPolicy, ActorCriticCnnPolicy):
     features that only the policy objective shapes.
 
     :param args: as SB3's ``ActorCriticCnnPolicy``
-    :param kwargs: as SB3's ``ActorCriticCnnPolicy``, and those of :class:`~sb3_trpo.actions.ActionOptionsPolicy`;
+    :param kwargs: as SB3's ``ActorCriticCnnPolicy``, and those of :class:`~sb3_trpo.actions.BoundedActionPolicy`;
         ``share_features_extractor=True`` saves the critic's own extractor, at the price above
     """
 
@@ -47,13 +47,13 @@ class CnnPolicy(ActionOptionsPolicy, ActorCriticCnnPolicy):
         super().__init__(*args, **kwargs)
 
 
-class MultiInputPolicy(ActionOptionsPolicy, MultiInputActorCriticPolicy):
+class MultiInputPolicy(BoundedActionPolicy, MultiInputActorCriticPolicy):
     """
     SB3's policy for Dict observations, with a features extractor each for actor and critic unless told otherwise.
 
     :param args: as SB3's ``MultiInputActorCriticPolicy``
     :param kwargs: as SB3's ``MultiInputActorCriticPolicy``, and those of
-        :class:`~sb3_trpo.actions.ActionOptionsPolicy`; for ``share_features_extractor`` see :class:`CnnPolicy`
+        :class:`~sb3_trpo.actions.BoundedActionPolicy`; for ``share_features_extractor`` see :class:`CnnPolicy`
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

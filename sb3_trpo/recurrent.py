@@ -23,12 +23,12 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_trpo.acting import Actor, Observations
-from sb3_trpo.collect import Truncation, bootstrap, stack_observations
-from sb3_trpo.rollout import Inputs, Rollout
-from sb3_trpo.sequences import LstmStates, lstm_states, read_sequences, without_cudnn
+from sb3_trpo.adapters.sequences import LstmStates, lstm_states, read_sequences, without_cudnn
+from sb3_trpo.arguments import Rule, one_of
+from sb3_trpo.optim.batch import Inputs, RolloutBatch
+from sb3_trpo.rollouts.collect import Truncation, bootstrap, stack_observations
+from sb3_trpo.rollouts.samplers import ActionSampler, Observations
 from sb3_trpo.trpo import TRPO
-from sb3_trpo.validation import Rule, one_of
 
 SelfRecurrentTRPO = TypeVar("SelfRecurrentTRPO", bound="RecurrentTRPO")
 
@@ -143,7 +143,7 @@ class RecurrentTRPO(TRPO):
     ) -> bool:
         return RecurrentPPO.collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)  # type: ignore[arg-type]
 
-    def _make_actor(self, env: VecEnv, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> Actor:
+    def _make_actor(self, env: VecEnv, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> ActionSampler:
         return self._act
 
     @th.no_grad()
@@ -193,7 +193,7 @@ class RecurrentTRPO(TRPO):
         tensors: Any = obs_as_tensor(observations, self.device)
         return self._value_scale * self.policy.predict_values(tensors, (states[0], states[1]), starts)
 
-    def _read_rollout(self) -> Rollout:
+    def _read_rollout(self) -> RolloutBatch:
         return read_sequences(self.rollout_buffer, self.action_space)
 
     def _distribution(self, inputs: Inputs) -> Distribution:

@@ -19,36 +19,8 @@ from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_trpo.acting import Actor, Observations, action_transform, make_actor
-from sb3_trpo.actions import ACTION_BOUNDS, ACTION_OPTIONS, ActionOptionsPolicy, check_action_options
-from sb3_trpo.archive import Attributes
-from sb3_trpo.collect import Truncation, can_defer, complete_buffer, find_truncations, write_step
-from sb3_trpo.conjugate_gradient import conjugate_gradient
-from sb3_trpo.critic import CriticFit, fit_gauss_newton, fit_minibatches
-from sb3_trpo.distributed import find_place, local_device
-from sb3_trpo.distributed_algorithm import DistributedAlgorithm, with_all_ranks
-from sb3_trpo.distributions import without_validation
-from sb3_trpo.fisher import FisherOperator
-from sb3_trpo.guards import StepGuard, UpdateGuard, checked_steps, keeps_statistics
-from sb3_trpo.line_search import Outcome, Point, Search, backtracking_line_search, max_step_length, undamped_curvature
-from sb3_trpo.mlp import actor_chain, critic_chain
-from sb3_trpo.moments import moments
-from sb3_trpo.parameters import Snapshot, all_finite, assign, flatten
-from sb3_trpo.policies import (
-    CnnPolicy,
-    MlpPolicy,
-    MultiInputPolicy,
-    actor_parameters,
-    critic_parameters,
-    has_images,
-    value_function,
-)
-from sb3_trpo.preconditioner import KroneckerPreconditioner, factored_layers
-from sb3_trpo.rollout import Inputs, Rollout, normalize_advantages, read_rollout
-from sb3_trpo.stats import PolicyStep, UpdateStats
-from sb3_trpo.stepping import make_stepper
-from sb3_trpo.surrogate import Surrogate
-from sb3_trpo.validation import (
+from sb3_trpo.actions import ACTION_BOUNDS, ACTION_OPTIONS, BoundedActionPolicy, check_action_options
+from sb3_trpo.arguments import (
     BOOLEAN,
     NON_NEGATIVE,
     NON_NEGATIVE_OR_SCHEDULE,
@@ -63,6 +35,42 @@ from sb3_trpo.validation import (
     check_arguments,
     one_of,
 )
+from sb3_trpo.distributed.moments import moments
+from sb3_trpo.distributed.process_group import detect_rank, local_device
+from sb3_trpo.distributed.synchronization import DistributedAlgorithm, synchronized
+from sb3_trpo.optim.batch import Inputs, RolloutBatch, normalize_advantages, read_rollout
+from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
+from sb3_trpo.optim.critic import CriticFit, fit_gauss_newton, fit_minibatches
+from sb3_trpo.optim.distributions import without_validation
+from sb3_trpo.optim.fisher import FisherOperator
+from sb3_trpo.optim.kfac import KFACPreconditioner, kfac_layers
+from sb3_trpo.optim.line_search import (
+    Evaluation,
+    LineSearchResult,
+    LineSearchStatus,
+    backtracking_line_search,
+    max_step_length,
+    undamped_curvature,
+)
+from sb3_trpo.optim.mlp import actor_mlp, critic_mlp
+from sb3_trpo.optim.objective import Surrogate
+from sb3_trpo.optim.parameters import Snapshot, all_finite, assign, flatten
+from sb3_trpo.optim.statistics import PolicyStep, UpdateStats
+from sb3_trpo.optim.transaction import UpdateTransaction
+from sb3_trpo.policies import (
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+    actor_parameters,
+    critic_parameters,
+    has_images,
+    value_function,
+)
+from sb3_trpo.rollouts.checks import EnvOutputCheck, checked_steps, keeps_statistics
+from sb3_trpo.rollouts.collect import Truncation, evaluate_rollout, find_truncations, supports_deferred_evaluation, write_step
+from sb3_trpo.rollouts.fast_step import fast_step_fn
+from sb3_trpo.rollouts.samplers import ActionSampler, Observations, action_transform, make_sampler
+from sb3_trpo.saving.archive import Attributes
 
 IMAGE_CHUNK = 256  # states in one forward pass where max_batch_size leaves it open: some 100 MB with NatureCNN
 
@@ -233,7 +241,7 @@ class TRPO(DistributedAlgorithm):
         distributed: bool | None = None,
     ) -> None:
         check_arguments(TRPO.argument_rules, locals())
-        place = find_place(distributed)
+        place = detect_rank(distributed)
         super().__init__(
             policy,
             env,
@@ -302,7 +310,7 @@ class TRPO(DistributedAlgorithm):
                 )
         if self.action_bound is not None:
             self._bound_actions(self.action_bound)
-        if issubclass(self.policy_class, ActionOptionsPolicy):
+        if issubclass(self.policy_class, BoundedActionPolicy):
             options = {name: self.policy_kwargs.get(name) for name in ACTION_OPTIONS}
             check_action_options(self.action_space, self.use_sde, options)
         self._setup_networks()
@@ -333,7 +341,7 @@ class TRPO(DistributedAlgorithm):
         return buffer_class
 
     def _bound_actions(self, action_bound: str) -> None:
-        if not issubclass(self.policy_class, ActionOptionsPolicy):
+        if not issubclass(self.policy_class, BoundedActionPolicy):
             raise ValueError(
                 f"policy={self.policy_class.__name__} is not allowed with action_bound={action_bound!r}: "
                 "it must derive from MlpPolicy, CnnPolicy or MultiInputPolicy of sb3_trpo"
@@ -379,7 +387,7 @@ class TRPO(DistributedAlgorithm):
                 stacklevel=3,
             )
 
-    @with_all_ranks
+    @synchronized
     @keeps_statistics
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
@@ -397,7 +405,7 @@ class TRPO(DistributedAlgorithm):
         :param n_rollout_steps: steps to take in each environment
         :return: False if the callback stopped the training
         """
-        check = StepGuard(env, self.num_timesteps)
+        check = EnvOutputCheck(env, self.num_timesteps)
         if not self._can_collect(rollout_buffer):
             with checked_steps(env, check):
                 return self._collect_step_by_step(env, callback, rollout_buffer, n_rollout_steps)
@@ -407,7 +415,7 @@ class TRPO(DistributedAlgorithm):
         callback.on_rollout_start()
         act = self._make_actor(env, rollout_buffer, n_rollout_steps)
         to_env = action_transform(self.policy)
-        step = make_stepper(env)
+        step = fast_step_fn(env)
 
         n_steps = 0
         while n_steps < n_rollout_steps:
@@ -438,7 +446,7 @@ class TRPO(DistributedAlgorithm):
 
     def _can_collect(self, rollout_buffer: RolloutBuffer) -> bool:
         """Whether the loop of :meth:`collect_rollouts` serves policy and buffer."""
-        return can_defer(self.policy, rollout_buffer)
+        return supports_deferred_evaluation(self.policy, rollout_buffer)
 
     def _collect_step_by_step(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
@@ -446,15 +454,15 @@ class TRPO(DistributedAlgorithm):
         """SB3's loop, for all others."""
         return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
-    def _make_actor(self, env: VecEnv, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> Actor:
+    def _make_actor(self, env: VecEnv, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> ActionSampler:
         """Find what acts in the next rollout."""
-        return make_actor(self.policy, n_rollout_steps, env.num_envs, self.sde_sample_freq)
+        return make_sampler(self.policy, n_rollout_steps, env.num_envs, self.sde_sample_freq)
 
     def _complete_buffer(
         self, rollout_buffer: RolloutBuffer, truncations: list[Truncation], last_obs: Observations, last_dones: np.ndarray
     ) -> th.Tensor:
         """Evaluate what the buffer's loop has left out; returns V of the last observations, shape ``(n_envs, 1)``."""
-        return complete_buffer(
+        return evaluate_rollout(
             rollout_buffer,
             self._read_rollout(),
             self._evaluate,
@@ -473,12 +481,12 @@ class TRPO(DistributedAlgorithm):
         # One mode from start to end (dropout off, batch-norm statistics fixed): the one the rollout was collected in.
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
-        buffers, guard = Snapshot(self.policy.buffers()), UpdateGuard(self.policy)
+        buffers, guard = Snapshot(self.policy.buffers()), UpdateTransaction(self.policy)
         rollout = self._read_rollout().shared(self._ranks)
         if self.normalize_advantage:
             rollout = normalize_advantages(rollout)
         actor = actor_parameters(self.policy, self._distribution, rollout.select(slice(1)).inputs)  # θ
-        layers = factored_layers(self.policy, actor)
+        layers = kfac_layers(self.policy, actor)
 
         surrogate = self._surrogate(rollout, layers)  # L(θ), D̄_KL(θ_old, θ)
         steps: list[PolicyStep] = []
@@ -486,10 +494,10 @@ class TRPO(DistributedAlgorithm):
         parts = self._parts(rollout)
         for part in parts:
             at_start = part is None and not steps
-            seen, local = (rollout, surrogate) if at_start else self._from_here(surrogate, rollout, part, layers)
+            seen, local = (rollout, surrogate) if at_start else self._relinearize(surrogate, rollout, part, layers)
             gradient = local.gradient(actor)  # g
-            curved = self._thinned(local, seen, layers)
-            fisher = FisherOperator(curved, actor, self.cg_damping, actor_chain(self.policy))  # v ↦ (F + λI) v
+            curved = self._subsampled(local, seen, layers)
+            fisher = FisherOperator(curved, actor, self.cg_damping, actor_mlp(self.policy))  # v ↦ (F + λI) v
             inverse = self._preconditioner(curved, layers, actor)  # ≈ v ↦ (F + λI)⁻¹ v
             solution = conjugate_gradient(
                 fisher, gradient, max_iter=self.cg_max_steps, rtol=self.cg_residual_tol, M=inverse, x0=self._guess(gradient)
@@ -498,7 +506,7 @@ class TRPO(DistributedAlgorithm):
             length = self._step_length(curvature, len(parts))  # β
             expected = length * float(gradient.dot(solution.x))
             search = self._search(surrogate, actor, length * solution.x, point, expected)  # θ + αʲβs, or θ
-            if search.outcome is not Outcome.ACCEPTED:
+            if search.outcome is not LineSearchStatus.ACCEPTED:
                 buffers.restore()
             if self.cg_warm_start:
                 self._direction = solution.x
@@ -511,18 +519,18 @@ class TRPO(DistributedAlgorithm):
         self._record(steps, critic, surrogate.entropy, time.perf_counter() - started)
         guard.stop_after(self._failed_updates, self.max_failed_updates)
 
-    def _surrogate(self, rollout: Rollout, layers: list[nn.Module]) -> Surrogate:
+    def _surrogate(self, rollout: RolloutBatch, layers: list[nn.Module]) -> Surrogate:
         return Surrogate(self._distribution, rollout.chunks(self._chunk_size), layers, self.ent_coef)
 
-    def _parts(self, rollout: Rollout) -> list[th.Tensor | None]:
+    def _parts(self, rollout: RolloutBatch) -> list[th.Tensor | None]:
         """The units of the rollout that each step of the policy is computed from; None for all."""
         if self.policy_batch_size is None:
             return [None] * self.n_policy_updates
         return [part for _ in range(self.n_policy_updates) for part in rollout.minibatches(self.policy_batch_size, equal=True)]
 
-    def _from_here(
-        self, surrogate: Surrogate, rollout: Rollout, part: th.Tensor | None, layers: list[nn.Module]
-    ) -> tuple[Rollout, Surrogate]:
+    def _relinearize(
+        self, surrogate: Surrogate, rollout: RolloutBatch, part: th.Tensor | None, layers: list[nn.Module]
+    ) -> tuple[RolloutBatch, Surrogate]:
         """The same objective as the present policy sees it, on some of the states."""
         seen = replace(rollout, ratios=surrogate.ratios())
         if part is not None:
@@ -551,7 +559,7 @@ class TRPO(DistributedAlgorithm):
             return self.max_batch_size
         return IMAGE_CHUNK
 
-    def _read_rollout(self) -> Rollout:
+    def _read_rollout(self) -> RolloutBatch:
         return read_rollout(self.rollout_buffer, self.action_space)
 
     def _distribution(self, inputs: Inputs) -> Distribution:
@@ -560,19 +568,19 @@ class TRPO(DistributedAlgorithm):
     def _values(self, inputs: Inputs) -> th.Tensor:
         return self.policy.predict_values(inputs).flatten()
 
-    def _evaluate(self, rollout: Rollout) -> tuple[th.Tensor, th.Tensor]:
+    def _evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
         """The critic's outputs, and log-probabilities."""
         return self.policy.evaluate_actions(rollout.inputs, rollout.actions)[:2]
 
-    def _thinned(self, surrogate: Surrogate, rollout: Rollout, layers: list[nn.Module]) -> Surrogate:
+    def _subsampled(self, surrogate: Surrogate, rollout: RolloutBatch, layers: list[nn.Module]) -> Surrogate:
         return surrogate if self.sub_sampling_factor == 1 else self._surrogate(rollout.thin(self.sub_sampling_factor), layers)
 
     def _preconditioner(
         self, surrogate: Surrogate, layers: list[nn.Module], actor: list[nn.Parameter]
-    ) -> KroneckerPreconditioner | None:
+    ) -> KFACPreconditioner | None:
         if self.cg_preconditioner is None or not surrogate.has_closed_form:
             return None
-        return KroneckerPreconditioner(surrogate, layers, actor, self.cg_damping)
+        return KFACPreconditioner(surrogate, layers, actor, self.cg_damping)
 
     def _step_length(self, curvature: float, n_steps: int) -> float:
         """
@@ -588,8 +596,8 @@ class TRPO(DistributedAlgorithm):
         return max_step_length(curvature, self._current_target_kl / (n_steps * self.n_policy_updates))
 
     def _search(
-        self, surrogate: Surrogate, actor: list[nn.Parameter], step: th.Tensor, start: Point, expected: float
-    ) -> Search:
+        self, surrogate: Surrogate, actor: list[nn.Parameter], step: th.Tensor, start: Evaluation, expected: float
+    ) -> LineSearchResult:
         """
         Move θ along the step as far as the trust region and the objective allow, or leave everything as it was.
 
@@ -601,11 +609,11 @@ class TRPO(DistributedAlgorithm):
         :return: what was done
         """
         if not is_step(step):
-            return Search(Outcome.SKIPPED, 0.0, 0, start)
+            return LineSearchResult(LineSearchStatus.SKIPPED, 0.0, 0, start)
         before = Snapshot(actor)
         theta = flatten(actor).detach()
 
-        def evaluate(fraction: float) -> Point:
+        def evaluate(fraction: float) -> Evaluation:
             assign(actor, theta + fraction * step)
             return surrogate.evaluate()
 
@@ -617,11 +625,11 @@ class TRPO(DistributedAlgorithm):
             max_iter=self.line_search_max_iter,
             min_improvement=self.line_search_accept_ratio * expected,
         )
-        if search.outcome is Outcome.REJECTED:
+        if search.outcome is LineSearchStatus.REJECTED:
             before.restore()
         return search
 
-    def _fit_critic(self, rollout: Rollout, actor: list[nn.Parameter]) -> CriticFit:
+    def _fit_critic(self, rollout: RolloutBatch, actor: list[nn.Parameter]) -> CriticFit:
         """
         Regress the values on the returns, in the parameters that the policy does not depend on.
 
@@ -644,8 +652,8 @@ class TRPO(DistributedAlgorithm):
                 head,
                 rollout.chunks(self._chunk_size),
                 critic=critic,
-                layers=factored_layers(self.policy, critic),
-                chain=critic_chain(self.policy),
+                layers=kfac_layers(self.policy, critic),
+                chain=critic_mlp(self.policy),
                 damping=self.critic_damping,
                 n_steps=self.n_critic_steps,
                 cg_max_steps=self.critic_cg_max_steps,
@@ -697,7 +705,7 @@ class TRPO(DistributedAlgorithm):
         return 1.0 - unexplained / total if total > 0.0 else float("nan")
 
     def _record_outcomes(self, steps: list[PolicyStep]) -> None:
-        accepted = [step.search.outcome is Outcome.ACCEPTED for step in steps]
+        accepted = [step.search.outcome is LineSearchStatus.ACCEPTED for step in steps]
         self.logger.record("train/is_line_search_success", float(np.mean(accepted)))
         self.logger.record("train/line_search", steps[-1].search.outcome.value, exclude="tensorboard")
         self.logger.record("train/target_kl", self._current_target_kl)

@@ -13,8 +13,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 from torch import nn
 
-from sb3_trpo.rollout import Inputs, Rollout
-from sb3_trpo.surrogate import Surrogate
+from sb3_trpo.optim.batch import Inputs, RolloutBatch
+from sb3_trpo.optim.objective import Surrogate
 
 th.set_num_threads(1)
 
@@ -126,7 +126,7 @@ class Case:
 
     policy: ActorCriticPolicy
     actor: list[nn.Parameter]
-    rollout: Rollout
+    rollout: RolloutBatch
 
     @property
     def distribution(self) -> Callable[[Inputs], Any]:
@@ -142,7 +142,7 @@ class Case:
     def surrogate(self, chunk_size: int | None = None) -> Surrogate:
         return Surrogate(self.distribution, self.rollout.chunks(chunk_size))
 
-    def mean_kl_hessian(self, rollout: Rollout | None = None) -> th.Tensor:
+    def mean_kl_hessian(self, rollout: RolloutBatch | None = None) -> th.Tensor:
         """The oracle for F: the dense Hessian of the mean joint KL at θ_old, by torch's own KL of each component."""
         rollout = self.rollout if rollout is None else rollout
         names = [name for name, p in self.policy.named_parameters() if any(p is q for q in self.actor)]
@@ -224,7 +224,7 @@ def make_case() -> Callable[..., Case]:
         weights = th.full((n_states,), 1.0 / n_states, dtype=th.float64)
         is_critics = ("value_net", "mlp_extractor.value_net", "vf_features_extractor")
         actor = [p for name, p in policy.named_parameters() if not name.startswith(is_critics)]
-        return Case(policy, actor, Rollout(inputs, actions, advantages, returns, weights))
+        return Case(policy, actor, RolloutBatch(inputs, actions, advantages, returns, weights))
 
     return make
 

@@ -29,12 +29,12 @@ from torch.distributions import (
 from torch.nn import functional as F
 
 from sb3_trpo import TRPO, MlpPolicy
-from sb3_trpo.acting import ChainActor, action_transform, make_actor
-from sb3_trpo.actions import ActionOptionsPolicy, TanhGaussianDistribution, UserDistribution, log_tanh_slope
-from sb3_trpo.distributions import components, has_closed_form, joint_kl
-from sb3_trpo.fisher import FisherOperator
-from sb3_trpo.parameters import flatten
-from sb3_trpo.surrogate import policy_forward
+from sb3_trpo.actions import BoundedActionPolicy, CustomDistribution, TanhGaussianDistribution, log_tanh_slope
+from sb3_trpo.optim.distributions import components, has_closed_form, joint_kl
+from sb3_trpo.optim.fisher import FisherOperator
+from sb3_trpo.optim.objective import policy_forward
+from sb3_trpo.optim.parameters import flatten
+from sb3_trpo.rollouts.samplers import NumpyActionSampler, action_transform, make_sampler
 
 VECTOR = spaces.Box(-2.0, 2.0, (3,))
 ASYMMETRIC = {
@@ -285,8 +285,8 @@ def test_the_environment_gets_scaled_actions_and_the_buffer_raw_ones(
 @pytest.mark.parametrize("action_bound", BOUNDS)
 def test_lean_and_general_actors_agree(action_bound: str) -> None:
     policy = make_policy(action_bound=action_bound)
-    actor = make_actor(policy, 1, 4000, -1)
-    assert isinstance(actor, ChainActor)
+    actor = make_sampler(policy, 1, 4000, -1)
+    assert isinstance(actor, NumpyActionSampler)
     observation = states(1).expand(4000, -1)
     raw = actor(observation.numpy(), 0)
     distribution = policy.get_distribution(states(1))
@@ -299,7 +299,7 @@ def test_lean_and_general_actors_agree(action_bound: str) -> None:
 
 
 def test_fast_product_and_preconditioner_serve_bounded_actions(make_case: Any) -> None:
-    case = make_case("box", policy_class=ActionOptionsPolicy, action_bound="tanh")
+    case = make_case("box", policy_class=BoundedActionPolicy, action_bound="tanh")
     fisher = FisherOperator(case.surrogate(), case.actor, 0.0)
     dense = case.mean_kl_hessian()
     for v in th.randn(3, len(dense), dtype=th.float64):
@@ -341,7 +341,7 @@ def test_bounds_hold_in_sb3s_own_loop_or_are_refused(action_bound: str, argument
 def test_log_prob_is_one_number_a_state_the_joint_one(name: str) -> None:
     policy = make_user_policy(name)
     policy_distribution = policy.get_distribution(states())
-    assert isinstance(policy_distribution, UserDistribution)
+    assert isinstance(policy_distribution, CustomDistribution)
     actions = policy_distribution.sample()
     with th.no_grad():
         latent = policy.mlp_extractor.forward_actor(states())
@@ -440,12 +440,12 @@ def test_the_mean_stands_in_where_there_is_no_mode() -> None:
 
     loc = th.tensor([[1.0, 2.0]])
     for family, expected in ((NoMode, [[1.0, 2.0]]), (UndefinedMode, [[1.0, 7.0]])):
-        distribution = UserDistribution(lambda outputs, family=family: family(outputs, 1.0), 2, (2,), False)
+        distribution = CustomDistribution(lambda outputs, family=family: family(outputs, 1.0), 2, (2,), False)
         assert distribution.proba_distribution(loc).mode().tolist() == expected
 
 
 def test_the_mode_of_an_even_chance_is_an_action() -> None:
-    distribution = UserDistribution(sharp_bernoulli, 3, (3,), False).proba_distribution(th.tensor([[0.0, 1.0, -1.0]]))
+    distribution = CustomDistribution(sharp_bernoulli, 3, (3,), False).proba_distribution(th.tensor([[0.0, 1.0, -1.0]]))
     assert distribution.mode().tolist() == [[0.0, 1.0, 0.0]]
 
 
@@ -457,7 +457,7 @@ def test_fisher_product_is_exact(name: str) -> None:
     policy.features_extractor.forward = lambda observations: observations.flatten(1).double()
     actor = [*policy.mlp_extractor.policy_net.parameters(), *policy.action_net.parameters()]
     rollout = make_rollout(policy, inputs)
-    from sb3_trpo.surrogate import Surrogate
+    from sb3_trpo.optim.objective import Surrogate
 
     surrogate = Surrogate(policy.get_distribution, rollout.chunks(None))
     assert surrogate.has_closed_form == (name not in ("beta", "full_normal"))
@@ -485,12 +485,12 @@ def outputs_at(policy: MlpPolicy, inputs: th.Tensor, theta: Any) -> th.Tensor:
 
 
 def make_rollout(policy: MlpPolicy, inputs: th.Tensor) -> Any:
-    from sb3_trpo.rollout import Rollout
+    from sb3_trpo.optim.batch import RolloutBatch
 
     n = len(inputs)
     with th.no_grad():
         actions = policy.get_distribution(inputs).sample()
-    return Rollout(inputs, actions, th.randn(n).double(), th.zeros(n).double(), th.full((n,), 1.0 / n).double())
+    return RolloutBatch(inputs, actions, th.randn(n).double(), th.zeros(n).double(), th.full((n,), 1.0 / n).double())
 
 
 # ---- files

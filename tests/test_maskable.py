@@ -24,15 +24,15 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from sb3_trpo import MaskableTRPO
-from sb3_trpo.acting import make_lean_actor
-from sb3_trpo.distributions import components, has_closed_form
-from sb3_trpo.fisher import FisherOperator
-from sb3_trpo.mlp import actor_chain, critic_chain
-from sb3_trpo.parameters import flatten
+from sb3_trpo.optim.batch import RolloutBatch
+from sb3_trpo.optim.distributions import components, has_closed_form
+from sb3_trpo.optim.fisher import FisherOperator
+from sb3_trpo.optim.kfac import KFACPreconditioner, kfac_layers
+from sb3_trpo.optim.mlp import actor_mlp, critic_mlp
+from sb3_trpo.optim.objective import Surrogate
+from sb3_trpo.optim.parameters import flatten
 from sb3_trpo.policies import actor_parameters
-from sb3_trpo.preconditioner import KroneckerPreconditioner, factored_layers
-from sb3_trpo.rollout import Rollout
-from sb3_trpo.surrogate import Surrogate
+from sb3_trpo.rollouts.samplers import make_numpy_sampler
 
 N_STEPS, N_ENVS, N_STATES = 11, 3, 12
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))
@@ -123,11 +123,11 @@ class Case:
             actions = self.model._distribution(inputs).sample()
         advantages, returns = th.randn(2, N_STATES, dtype=th.float64)
         weights = th.full((N_STATES,), 1.0 / N_STATES, dtype=th.float64)
-        self.rollout = Rollout(inputs, actions, advantages, returns, weights)
+        self.rollout = RolloutBatch(inputs, actions, advantages, returns, weights)
         self.actor = actor_parameters(self.policy, self.model._distribution, inputs)
 
     def surrogate(self, chunk_size: int | None = None) -> Surrogate:
-        layers = factored_layers(self.policy, self.actor)
+        layers = kfac_layers(self.policy, self.actor)
         return Surrogate(self.model._distribution, self.rollout.chunks(chunk_size), layers)
 
     def by_hand(self) -> list[list[th.Tensor]]:
@@ -167,7 +167,7 @@ class Case:
 @pytest.fixture(params=[Double, LearnedDouble], ids=["chain", "general"])
 def extractor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[FlattenExtractor]:
     if request.param is Double:  # else only SB3's own extractor, which is of float32, is known to be flat
-        monkeypatch.setattr("sb3_trpo.mlp.FlattenExtractor", Double)
+        monkeypatch.setattr("sb3_trpo.optim.mlp.FlattenExtractor", Double)
     return request.param
 
 
@@ -203,7 +203,7 @@ class TestDerivatives:
         expected = th.stack([flatten(th.autograd.grad(entry, case.actor, retain_graph=True)) for entry in slope])
         surrogate = case.surrogate(chunk_size)
         assert surrogate.has_closed_form
-        for chain in (None, actor_chain(case.policy)):
+        for chain in (None, actor_mlp(case.policy)):
             fisher = FisherOperator(surrogate, case.actor, 0.0, chain)
             assert_close(th.stack([fisher(row) for row in th.eye(len(expected), dtype=th.float64)]), expected)
 
@@ -236,13 +236,13 @@ class TestDerivatives:
             for p in case.actor
         )
         assert vector.any()
-        for chain in (None, actor_chain(case.policy)):
+        for chain in (None, actor_mlp(case.policy)):
             assert float(FisherOperator(surrogate, case.actor, 0.0, chain)(vector).abs().max()) < 1e-15
         assert abs(float(surrogate.gradient(case.actor).dot(vector))) < 1e-15
 
     def test_preconditioner_is_positive_definite_and_finite(self, case):
-        layers = factored_layers(case.policy, case.actor)
-        inverse = KroneckerPreconditioner(case.surrogate(), layers, case.actor, 0.1)
+        layers = kfac_layers(case.policy, case.actor)
+        inverse = KFACPreconditioner(case.surrogate(), layers, case.actor, 0.1)
         size = sum(parameter.numel() for parameter in case.actor)
         dense = th.stack([inverse(row) for row in th.eye(size, dtype=th.float64)])
         assert_close(dense, dense.T)
@@ -258,9 +258,7 @@ class TestDerivatives:
     def test_the_standard_policy_is_a_chain(self, extractor):
         case = Case("multi_binary", extractor)
         assert (
-            (actor_chain(case.policy) is not None)
-            == (critic_chain(case.policy) is not None)
-            == (extractor is not LearnedDouble)
+            (actor_mlp(case.policy) is not None) == (critic_mlp(case.policy) is not None) == (extractor is not LearnedDouble)
         )
 
 
@@ -333,7 +331,7 @@ class TestCollecting:
         n_steps = 3_500 if is_lean else 300
         activation = nn.Tanh if is_lean else nn.Softplus
         model = make_model(action, n_steps=n_steps, policy_kwargs={"activation_fn": activation})
-        assert (make_lean_actor(model.policy, 1, 1) is not None) == is_lean
+        assert (make_numpy_sampler(model.policy, 1, 1) is not None) == is_lean
         with th.no_grad():
             model.policy.action_net.weight.mul_(100.0)
         _, callback = model._setup_learn(10**6, Recorder())
@@ -348,7 +346,7 @@ class TestCollecting:
         n = 40_000
         observations = np.tile(np.random.default_rng(0).normal(size=3).astype(np.float32), (n, 1))
         masks = np.tile(draw_masks(np.random.default_rng(1), ACTIONS[action][1], 1), (n, 1))
-        actions = make_lean_actor(model.policy, 1, n)(observations, 0, masks).reshape(n, -1)
+        actions = make_numpy_sampler(model.policy, 1, n)(observations, 0, masks).reshape(n, -1)
         parts = components(model.policy.get_distribution(th.as_tensor(observations[:1]), masks[:1]))
         for dimension, part in enumerate(parts):
             expected = part.probs[0].detach().numpy()

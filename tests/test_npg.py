@@ -16,8 +16,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_trpo import NPG, TRPO
-from sb3_trpo.line_search import Outcome, Point, Search
-from sb3_trpo.parameters import flatten
+from sb3_trpo.optim.line_search import Evaluation, LineSearchResult, LineSearchStatus
+from sb3_trpo.optim.parameters import flatten
 
 N_STEPS = 64
 VECTOR = spaces.Box(-2.0, 2.0, (3,))
@@ -193,19 +193,21 @@ def test_a_step_to_nowhere_is_taken_back_bit_for_bit(action: str, size: float) -
     assert not same(model.policy.state_dict(), model.state_before)  # the critic
 
 
-@pytest.mark.parametrize("point", [Point(math.inf, 0.1), Point(math.nan, 0.1), Point(1.0, math.inf), Point(1.0, math.nan)])
-def test_a_step_needs_a_finite_objective_and_kl(point: Point) -> None:
+@pytest.mark.parametrize(
+    "point", [Evaluation(math.inf, 0.1), Evaluation(math.nan, 0.1), Evaluation(1.0, math.inf), Evaluation(1.0, math.nan)]
+)
+def test_a_step_needs_a_finite_objective_and_kl(point: Evaluation) -> None:
     class Stub:
         evaluate = staticmethod(lambda: point)
 
-    model, start = make(), Point(0.5, 0.0)
+    model, start = make(), Evaluation(0.5, 0.0)
     actor = list(model.policy.action_net.parameters())
     before = flatten(actor).detach().clone()
     step = th.ones_like(before)
-    assert model._search(Stub(), actor, step, start, 1.0) == Search(Outcome.REJECTED, 0.0, 0, start)
+    assert model._search(Stub(), actor, step, start, 1.0) == LineSearchResult(LineSearchStatus.REJECTED, 0.0, 0, start)
     assert th.equal(flatten(actor), before)
-    point = Point(-7.0, 100.0)
-    assert model._search(Stub(), actor, step, start, 1.0) == Search(Outcome.ACCEPTED, 1.0, 0, point)
+    point = Evaluation(-7.0, 100.0)
+    assert model._search(Stub(), actor, step, start, 1.0) == LineSearchResult(LineSearchStatus.ACCEPTED, 1.0, 0, point)
     assert th.equal(flatten(actor), before + 1.0)
 
 

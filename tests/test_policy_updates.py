@@ -15,10 +15,10 @@ from torch.distributions import kl_divergence
 
 import sb3_trpo.trpo
 from sb3_trpo import TRPO
-from sb3_trpo.conjugate_gradient import Solution
-from sb3_trpo.line_search import Outcome, Search
-from sb3_trpo.parameters import flatten
-from sb3_trpo.rollout import Rollout
+from sb3_trpo.optim.batch import RolloutBatch
+from sb3_trpo.optim.conjugate_gradient import CGResult
+from sb3_trpo.optim.line_search import LineSearchResult, LineSearchStatus
+from sb3_trpo.optim.parameters import flatten
 
 TARGET_KL = 0.05
 CASES: dict[str, tuple[spaces.Space, dict[str, Any]]] = {
@@ -95,18 +95,18 @@ class Watched:
         self.gradients: list[th.Tensor] = []
         self.thetas: list[dict[str, th.Tensor]] = []
         self.products: list[th.Tensor] = []
-        self.solutions: list[Solution] = []
+        self.solutions: list[CGResult] = []
         self.parts: list[Any] = []
         solve, parts = sb3_trpo.trpo.conjugate_gradient, TRPO._parts
 
-        def conjugate_gradient(A: Callable[[th.Tensor], th.Tensor], b: th.Tensor, **kwargs: Any) -> Solution:
+        def conjugate_gradient(A: Callable[[th.Tensor], th.Tensor], b: th.Tensor, **kwargs: Any) -> CGResult:
             self.gradients.append(b.clone())
             self.thetas.append(copy.deepcopy(self.model.policy.state_dict()))
             self.products.append(A(b))
             self.solutions.append(solve(A, b, **kwargs))
             return self.solutions[-1]
 
-        def keep_parts(model: TRPO, rollout: Rollout) -> list[th.Tensor | None]:
+        def keep_parts(model: TRPO, rollout: RolloutBatch) -> list[th.Tensor | None]:
             self.parts = parts(model, rollout)
             return self.parts
 
@@ -175,10 +175,10 @@ def test_lengths_add_up_to_the_radius_of_the_trust_region(passes: int, parts: in
 # ---- parts
 
 
-def states(n_states: int) -> Rollout:
+def states(n_states: int) -> RolloutBatch:
     """A rollout that is all zeros."""
     zeros = th.zeros(n_states)
-    return Rollout(zeros, zeros, zeros, zeros, zeros)
+    return RolloutBatch(zeros, zeros, zeros, zeros, zeros)
 
 
 @pytest.mark.parametrize(
@@ -258,19 +258,19 @@ class CountingPolicy(ActorCriticPolicy):
         return super().get_distribution(obs)
 
 
-@pytest.mark.parametrize("refused", [Outcome.REJECTED, Outcome.SKIPPED])
+@pytest.mark.parametrize("refused", [LineSearchStatus.REJECTED, LineSearchStatus.SKIPPED])
 @pytest.mark.parametrize("split", [{}, {"n_policy_updates": 2}, {"policy_batch_size": 16}])
 def test_buffers_are_put_back_where_no_step_is_taken(
-    split: dict[str, int], refused: Outcome, monkeypatch: pytest.MonkeyPatch
+    split: dict[str, int], refused: LineSearchStatus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reward: Callable[[int, Any], float] = (lambda step, action: 0.0) if refused is Outcome.SKIPPED else np.sin  # type: ignore[assignment]
-    env = ScriptedEnv(lambda step, action: float(reward(step)) if refused is Outcome.REJECTED else 0.0)
+    reward: Callable[[int, Any], float] = (lambda step, action: 0.0) if refused is LineSearchStatus.SKIPPED else np.sin  # type: ignore[assignment]
+    env = ScriptedEnv(lambda step, action: float(reward(step)) if refused is LineSearchStatus.REJECTED else 0.0)
     calls: list[float] = []
     arguments = {"normalize_advantage": False, "gamma": 0.0, "line_search_max_iter": 1, "target_kl": 1e9}
     model = make(
         env, CountingPolicy, before_train=lambda model: calls.append(float(model.policy.n_calls)), **arguments, **split
     )
-    if refused is Outcome.SKIPPED:
+    if refused is LineSearchStatus.SKIPPED:
         nn.init.zeros_(model.policy.value_net.weight)
     model.learn(N_STEPS)
     assert model.logs[0]["train/line_search"] == refused.value
@@ -283,7 +283,7 @@ def test_a_step_that_is_refused_leaves_the_ones_before_it(monkeypatch: pytest.Mo
     search = TRPO._search
     thetas: list[dict[str, th.Tensor]] = []
 
-    def refuse_the_second(model: Any, *args: Any) -> Search:
+    def refuse_the_second(model: Any, *args: Any) -> LineSearchResult:
         thetas.append(actor_of(model))
         if len(thetas) == 2:
             model.line_search_max_iter, kept = 1, model.line_search_max_iter
@@ -367,10 +367,10 @@ def test_the_accept_ratio_is_that_of_actual_to_expected_improvement() -> None:
 
 def test_the_warm_start_is_the_last_steps_direction(monkeypatch: pytest.MonkeyPatch) -> None:
     guesses: list[Any] = []
-    solutions: list[Solution] = []
+    solutions: list[CGResult] = []
     solve = sb3_trpo.trpo.conjugate_gradient
 
-    def keep(A: Any, b: th.Tensor, **kwargs: Any) -> Solution:
+    def keep(A: Any, b: th.Tensor, **kwargs: Any) -> CGResult:
         guesses.append(kwargs["x0"])
         solutions.append(solve(A, b, **kwargs))
         return solutions[-1]

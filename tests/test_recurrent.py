@@ -21,15 +21,15 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from sb3_trpo import RecurrentTRPO
-from sb3_trpo.critic import fit_minibatches
-from sb3_trpo.distributions import components, joint_kl
-from sb3_trpo.fisher import FisherOperator
-from sb3_trpo.parameters import flatten
+from sb3_trpo.adapters.sequences import read_sequences, without_cudnn
+from sb3_trpo.optim.batch import RolloutBatch, map_inputs, normalize_advantages
+from sb3_trpo.optim.critic import fit_minibatches
+from sb3_trpo.optim.distributions import components, joint_kl
+from sb3_trpo.optim.fisher import FisherOperator
+from sb3_trpo.optim.kfac import KFACPreconditioner, kfac_layers
+from sb3_trpo.optim.objective import Surrogate
+from sb3_trpo.optim.parameters import flatten
 from sb3_trpo.policies import actor_parameters, critic_parameters
-from sb3_trpo.preconditioner import KroneckerPreconditioner, factored_layers
-from sb3_trpo.rollout import Rollout, map_inputs, normalize_advantages
-from sb3_trpo.sequences import read_sequences, without_cudnn
-from sb3_trpo.surrogate import Surrogate
 
 N_STEPS, N_ENVS = 9, 3
 N_STATES = N_STEPS * N_ENVS
@@ -201,14 +201,14 @@ class Case:
         self.steps = Steps(self.model)
         self.actor = actor_parameters(self.model.policy, self.model._distribution, self.rollout.select(slice(1)).inputs)
 
-    def surrogate(self, rollout: Rollout | None = None, chunk_size: int | None = None, **kwargs: Any) -> Surrogate:
+    def surrogate(self, rollout: RolloutBatch | None = None, chunk_size: int | None = None, **kwargs: Any) -> Surrogate:
         rollout = self.rollout if rollout is None else rollout
-        layers = factored_layers(self.model.policy, self.actor)
+        layers = kfac_layers(self.model.policy, self.actor)
         return Surrogate(self.model._distribution, rollout.chunks(chunk_size), layers, **kwargs)
 
-    def preconditioner(self, rollout: Rollout | None = None, chunk_size: int | None = None) -> KroneckerPreconditioner:
-        layers = factored_layers(self.model.policy, self.actor)
-        return KroneckerPreconditioner(self.surrogate(rollout, chunk_size), layers, self.actor, 0.1)
+    def preconditioner(self, rollout: RolloutBatch | None = None, chunk_size: int | None = None) -> KFACPreconditioner:
+        layers = kfac_layers(self.model.policy, self.actor)
+        return KFACPreconditioner(self.surrogate(rollout, chunk_size), layers, self.actor, 0.1)
 
     def move(self) -> None:
         with th.no_grad():
@@ -228,7 +228,7 @@ class Case:
         return th.stack([product(row) for row in th.eye(self.size, dtype=th.float64)])
 
 
-def as_double(rollout: Rollout) -> Rollout:
+def as_double(rollout: RolloutBatch) -> RolloutBatch:
     def double(tensor: th.Tensor) -> th.Tensor:
         return tensor.double() if tensor.is_floating_point() else tensor
 
@@ -244,7 +244,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
 
-def garbage(rollout: Rollout) -> Rollout:
+def garbage(rollout: RolloutBatch) -> RolloutBatch:
     """The same rollout with other padding."""
     generator = th.Generator().manual_seed(1)
 

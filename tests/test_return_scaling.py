@@ -11,7 +11,7 @@ from test_trpo import BOX, N_STEPS, HookedTRPO, ScriptedEnv, actor_of, critic_of
 
 import sb3_trpo.trpo
 from sb3_trpo import TRPO, MlpPolicy
-from sb3_trpo.parameters import flatten
+from sb3_trpo.optim.parameters import flatten
 
 
 def noisy(step: int, action: Any) -> float:

@@ -16,10 +16,10 @@ from torch.distributions import Bernoulli, Categorical, Independent, Normal
 
 import sb3_trpo.trpo
 from sb3_trpo import NPG, TRPO
-from sb3_trpo.conjugate_gradient import Status, conjugate_gradient
-from sb3_trpo.fisher import FisherOperator
-from sb3_trpo.parameters import flatten
-from sb3_trpo.preconditioner import KroneckerPreconditioner, factored_layers
+from sb3_trpo.optim.conjugate_gradient import CGStatus, conjugate_gradient
+from sb3_trpo.optim.fisher import FisherOperator
+from sb3_trpo.optim.kfac import KFACPreconditioner, kfac_layers
+from sb3_trpo.optim.parameters import flatten
 
 tianshou = pytest.importorskip("tianshou")
 
@@ -39,7 +39,7 @@ FAMILIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-class Actor(nn.Module):
+class ActionSampler(nn.Module):
     """Copies of an SB3 policy's networks behind the interface of Tianshou's actors, in whatever precision they have."""
 
     def __init__(self, policy: Any) -> None:
@@ -84,7 +84,7 @@ def test_the_direction_is_theirs(name: str, preconditioned: bool, make_case: Any
     case = make_case(name, n_states=40)
     rollout = case.rollout
     algorithm = theirs(
-        tianshou.algorithm.TRPO, Actor(case.policy), Critic(case.policy), case.policy.action_space, FAMILIES[name]
+        tianshou.algorithm.TRPO, ActionSampler(case.policy), Critic(case.policy), case.policy.action_space, FAMILIES[name]
     )
 
     dist = algorithm.policy(Batch(obs=rollout.inputs, info={})).dist
@@ -96,15 +96,15 @@ def test_the_direction_is_theirs(name: str, preconditioned: bool, make_case: Any
     kl_slope = algorithm._get_flat_grad(kl, algorithm.policy.actor, create_graph=True)
     expected = -algorithm._conjugate_gradients(slope, kl_slope, nsteps=10)
 
-    layers = factored_layers(case.policy, case.actor) if preconditioned else []
+    layers = kfac_layers(case.policy, case.actor) if preconditioned else []
     surrogate = sb3_trpo.trpo.Surrogate(case.distribution, rollout.chunks(None), layers)
     gradient = surrogate.gradient(case.actor)
-    inverse = KroneckerPreconditioner(surrogate, layers, case.actor, DAMPING) if preconditioned else None
+    inverse = KFACPreconditioner(surrogate, layers, case.actor, DAMPING) if preconditioned else None
     fisher = FisherOperator(surrogate, case.actor, DAMPING)
     solution = conjugate_gradient(fisher, gradient, max_iter=300, rtol=1e-6, M=inverse)
 
     th.testing.assert_close(gradient, -slope, rtol=1e-9, atol=1e-12)
-    assert solution.status is Status.CONVERGED
+    assert solution.status is CGStatus.CONVERGED
     assert float((solution.x - expected).norm()) < 1e-4 * float(expected.norm())
     # Their damped product, and with it their step's length, too.
     th.testing.assert_close(fisher(expected), algorithm._MVP(expected, kl_slope), rtol=1e-6, atol=1e-9)
@@ -266,7 +266,7 @@ def test_return_scaling_is_theirs(critic_method: str, monkeypatch: pytest.Monkey
     class Compared(TRPO):
         def train(self) -> None:
             nonlocal oracle
-            networks = Actor(self.policy), Critic(self.policy)
+            networks = ActionSampler(self.policy), Critic(self.policy)
             arguments = {"gamma": 0.9, "gae_lambda": 0.8, "return_scaling": True}
             if oracle is None:
                 oracle = theirs(tianshou.algorithm.TRPO, *networks, Swing.action_space, FAMILIES["box"], **arguments)

@@ -1,0 +1,1 @@
+"""What the update asks of a policy family."""

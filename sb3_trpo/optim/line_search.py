@@ -1,0 +1,110 @@
+"""How far to go along the direction: the longest step the trust region allows, then backtracking."""
+
+import math
+from collections.abc import Callable
+from enum import Enum
+from typing import NamedTuple
+
+
+class LineSearchStatus(str, Enum):
+    """How the search for a step ended."""
+
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+    SKIPPED = "skipped"
+
+
+class Evaluation(NamedTuple):
+    """
+    The two functions of the constrained problem, at one θ.
+
+    :param objective: L(θ), the surrogate objective
+    :param kl: D̄_KL(θ_old, θ), the mean joint KL in nats
+    """
+
+    objective: float
+    kl: float
+
+
+class LineSearchResult(NamedTuple):
+    """
+    What the line search found.
+
+    :param outcome: accepted, or rejected
+    :param fraction: the share of the full step that was taken (0 if rejected)
+    :param backtracks: j, how often the step was shortened
+    :param point: objective and KL at the accepted point (those of θ_old if rejected)
+    """
+
+    outcome: LineSearchStatus
+    fraction: float
+    backtracks: int
+    point: Evaluation
+
+
+def max_step_length(curvature: float, target_kl: float) -> float:
+    """
+    β = √(2δ / sᵀFs): where the quadratic model ½β²sᵀFs of the KL along s reaches δ.
+
+    Source: Schulman et al. 2015, appendix C.
+
+    :param curvature: sᵀFs, with F the Fisher matrix
+    :param target_kl: δ in nats
+    :return: β, or 0 where the model gives no finite positive length
+    """
+    if not (0.0 < curvature < math.inf):
+        return 0.0
+    square = 2.0 * target_kl / curvature
+    return math.sqrt(square) if square < math.inf else 0.0
+
+
+def undamped_curvature(damped: float, damping: float, square_norm: float) -> float:
+    """
+    sᵀFs = sᵀ(F + λI)s − λsᵀs, kept above a hundredth of the damped curvature.
+
+    The damping belongs to the direction: it says how far to trust F. Measuring the step's length with it as well leaves
+    a good part of the trust region unused. The bound keeps a direction that F hardly knows from an endless step.
+
+    :param damped: sᵀ(F + λI)s
+    :param damping: λ
+    :param square_norm: sᵀs
+    :return: the curvature that the step's length is measured with
+    """
+    return max(damped - damping * square_norm, 0.01 * damped)
+
+
+def backtracking_line_search(
+    evaluate: Callable[[float], Evaluation],
+    start: Evaluation,
+    *,
+    target_kl: float,
+    shrink: float,
+    max_iter: int,
+    min_improvement: float = 0.0,
+) -> LineSearchResult:
+    """
+    The first of ever smaller fractions whose point improves the objective inside the trust region.
+
+    A point that does not improve enough is followed by one α times as far. A point outside the trust region is followed by
+    the one where a quadratic KL through it would meet the bound, less 1 %: backtracking by α, as in Schulman et al. 2015,
+    appendix C, would leave up to a share 1 − α² of the region unused.
+
+    :param evaluate: fraction ↦ objective and KL at θ + fraction·βs (it leaves the parameters there)
+    :param start: the point at θ, inside the trust region
+    :param target_kl: δ in nats; the bound holds with equality allowed
+    :param shrink: α, in (0, 1)
+    :param max_iter: bound on the number of points tried
+    :param min_improvement: least improvement of the objective by the full step, and by a fraction of it in proportion; it
+        must be above 0 in any case
+    :return: the accepted point, or a rejection; the caller restores θ then
+    """
+    fraction = 1.0
+    for backtracks in range(max_iter):
+        point = evaluate(fraction)
+        improvement = point.objective - start.objective
+        # A NaN fails every comparison, an infinite objective is no improvement that can be trusted.
+        if point.kl <= target_kl and 0.0 < improvement < math.inf and improvement >= fraction * min_improvement:
+            return LineSearchResult(LineSearchStatus.ACCEPTED, fraction, backtracks, point)
+        outside = target_kl < point.kl < math.inf
+        fraction *= 0.99 * math.sqrt((target_kl - start.kl) / (point.kl - start.kl)) if outside else shrink
+    return LineSearchResult(LineSearchStatus.REJECTED, 0.0, max_iter, start)

@@ -1,0 +1,1 @@
+"""Collecting experience: action sampling, environment stepping, evaluation of the rollout."""

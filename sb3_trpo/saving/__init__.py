@@ -1,0 +1,1 @@
+"""Model files, checkpoints, safe loading and exact resumption."""

@@ -1,0 +1,1 @@
+"""Vectorized environments: watched subprocesses and EnvPool."""

@@ -1,0 +1,211 @@
+"""Environments in processes of their own that say what went wrong, and do not keep the training waiting for ever."""
+
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import SubprocVecEnv
+from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
+
+from sb3_trpo.errors import WorkerError
+from sb3_trpo.saving.env_state import ResumableEnv
+
+GONE = (EOFError, ConnectionError)
+
+
+class Failure(NamedTuple):
+    """
+    What a worker sends in the place of an answer.
+
+    :param error: the exception, in a line
+    :param trace: where it was raised
+    """
+
+    error: str
+    trace: str
+
+
+class WatchedSubprocVecEnv(SubprocVecEnv):
+    """
+    SB3's ``SubprocVecEnv`` with errors that name the worker and what happened in it, a time-out, and state for checkpoints.
+
+    After an error all workers are ended; the model is unharmed and can be saved.
+
+    :param env_fns: functions that make the environments
+    :param start_method: how to start the processes, as in ``SubprocVecEnv``
+    :param timeout: seconds that a worker may take for an answer; None for ever
+    :raises ValueError: ``timeout`` is not positive
+    :raises WorkerError: an environment cannot be made
+    """
+
+    def __init__(
+        self, env_fns: list[Callable[[], gym.Env[Any, Any]]], start_method: str | None = None, timeout: float | None = None
+    ) -> None:
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout={timeout!r} is not allowed: it must be a number of seconds above 0, or None")
+        self._timeout = timeout
+        self._deadline: float | None = None
+        super().__init__([_ReportingMaker(make) for make in env_fns], start_method)
+
+    @property
+    def remotes(self) -> tuple["_Watched", ...]:
+        """The connections to the workers."""
+        return self._remotes
+
+    @remotes.setter
+    def remotes(self, connections: tuple[Connection, ...]) -> None:
+        self._remotes = tuple(_Watched(self, index, connection) for index, connection in enumerate(connections))
+
+    def fail(self, index: int, reason: str) -> WorkerError:
+        """
+        End all workers.
+
+        :param index: the worker to blame
+        :param reason: what happened to it
+        :return: the error to raise
+        """
+        self.closed, self.waiting = True, False
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        for remote in self.remotes:
+            remote.close()
+        return WorkerError([index], reason)
+
+    def exit_code(self, index: int) -> int | None:
+        """
+        How a worker ended.
+
+        :param index: the worker
+        :return: exit status; the negative number of the signal that killed it; None if it has not ended
+        """
+        self.processes[index].join(timeout=1.0)
+        return self.processes[index].exitcode
+
+    def seconds_left(self) -> float | None:
+        """
+        Time that a worker still has for its answer.
+
+        :return: seconds; None for ever
+        """
+        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+
+    def start_clock(self) -> None:
+        """Count the time-out from now."""
+        if self._timeout is not None:
+            self._deadline = time.monotonic() + self._timeout
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that a worker may take for an answer."""
+        return self._timeout
+
+
+class _Watched:
+    """A connection to a worker that turns silence, death and failures into errors."""
+
+    def __init__(self, venv: WatchedSubprocVecEnv, index: int, connection: Connection) -> None:
+        self._venv, self._index, self._connection = venv, index, connection
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker gets the connection alone, to close it
+        return _itself, (self._connection,)
+
+    def send(self, message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except GONE as error:
+            raise self._died() from error
+        self._venv.start_clock()
+
+    def recv(self) -> Any:
+        try:
+            # Not all start methods close the connection of a process that has died.
+            process = self._venv.processes[self._index]
+            if not wait([self._connection, process.sentinel], self._venv.seconds_left()):
+                raise self._venv.fail(self._index, f"did not answer within {self._venv.timeout} seconds")
+            if not self._connection.poll():
+                raise self._died()
+            answer = self._connection.recv()
+        except GONE as error:
+            raise self._died() from error
+        failure = answer[0] if isinstance(answer, tuple) and answer else answer
+        if isinstance(failure, Failure):
+            raise self._venv.fail(self._index, f"raised {failure.error}\n\n{failure.trace}")
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _died(self) -> WorkerError:
+        code = self._venv.exit_code(self._index)
+        killed = code is not None and code < 0
+        how = f"was killed by {signal.Signals(-code).name}" if killed and code else f"ended with status {code}"
+        return self._venv.fail(self._index, how)
+
+
+def _itself(connection: Connection) -> Connection:
+    return connection
+
+
+class _ReportingMaker:
+    """Makes the environment in the worker, where Ctrl-C is left to the main process."""
+
+    def __init__(self, make: Callable[[], gym.Env[Any, Any]]) -> None:
+        self._make = CloudpickleWrapper(make)
+
+    def __call__(self) -> gym.Env[Any, Any]:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return ReportingEnv(ResumableEnv(self._make.var()))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the main process has to know
+            return _FailedEnv(_failure(error))
+
+
+class ReportingEnv(gym.Wrapper[Any, Any, Any, Any]):
+    """
+    Returns what an environment raises, so that it reaches the main process.
+
+    :param env: the environment
+    """
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """
+        Begin an episode.
+
+        :param kwargs: as for any environment
+        :return: as any environment, or a failure as the observation
+        """
+        try:
+            return self.env.reset(**kwargs)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the main process has to know
+            return _failure(error), {}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """
+        Take a step.
+
+        :param action: the action
+        :return: as any environment, or a failure as the observation
+        """
+        try:
+            return self.env.step(action)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the main process has to know
+            return _failure(error), 0.0, False, False, {}
+
+
+class _FailedEnv(gym.Env[Any, Any]):
+    """Stands for an environment that could not be made; the first question that SB3 asks a worker is for its spaces."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.observation_space: Any = failure
+        self.action_space: Any = spaces.Discrete(1)
+
+
+def _failure(error: BaseException) -> Failure:
+    return Failure(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))

@@ -1,0 +1,292 @@
+import numpy as np
+import pytest
+import torch as th
+from scipy.sparse.linalg import cg as scipy_cg
+
+from sb3_trpo.optim.conjugate_gradient import CGStatus, conjugate_gradient
+
+
+def spd(eigenvalues, seed=0):
+    """A symmetric positive definite matrix with these eigenvalues."""
+    q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(eigenvalues), len(eigenvalues))))
+    return q @ np.diag(eigenvalues) @ q.T
+
+
+MATRICES = {
+    "identity": np.eye(8),
+    "diagonal": np.diag(np.arange(1.0, 9.0)),
+    "dense": spd(np.linspace(0.5, 5.0, 8)),
+    "ill_conditioned": spd(np.logspace(-3, 1, 8)),
+    "one_by_one": np.array([[3.0]]),
+}
+by_matrix = pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES)
+
+
+def right_hand_side(n, seed=1):
+    return np.random.default_rng(seed).normal(size=n)
+
+
+def as_map(matrix):
+    matrix = th.as_tensor(matrix)
+    return lambda v: matrix @ v
+
+
+def solve(matrix, b, *, preconditioner=None, **kwargs):
+    M = None if preconditioner is None else as_map(preconditioner)
+    return conjugate_gradient(as_map(matrix), th.as_tensor(b), M=M, **kwargs)
+
+
+def jacobi(matrix):
+    return np.diag(1.0 / np.diag(matrix))
+
+
+@by_matrix
+@pytest.mark.parametrize("make_preconditioner", [lambda _: None, jacobi], ids=["plain", "jacobi"])
+def test_solution_is_the_direct_solvers(matrix, make_preconditioner):
+    b = right_hand_side(len(matrix))
+    solution = solve(matrix, b, preconditioner=make_preconditioner(matrix), max_iter=100, rtol=1e-13)
+    assert solution.status is CGStatus.CONVERGED
+    assert solution.residual <= 1e-13
+    np.testing.assert_allclose(solution.x, np.linalg.solve(matrix, b), rtol=1e-8)
+
+
+@by_matrix
+@pytest.mark.parametrize("make_preconditioner", [lambda _: None, jacobi], ids=["plain", "jacobi"])
+@pytest.mark.parametrize("max_iter", [1, 2, 4])
+def test_every_iterate_is_scipys(matrix, make_preconditioner, max_iter):
+    b, preconditioner = right_hand_side(len(matrix)), make_preconditioner(matrix)
+    expected, _ = scipy_cg(matrix, b, maxiter=max_iter, rtol=1e-14, atol=0.0, M=preconditioner)
+    solution = solve(matrix, b, preconditioner=preconditioner, max_iter=max_iter, rtol=1e-14)
+    np.testing.assert_allclose(solution.x, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("preconditioner", [None, jacobi(MATRICES["ill_conditioned"])], ids=["plain", "jacobi"])
+def test_stops_at_the_first_iterate_within_the_tolerance(preconditioner):
+    """The residual is ‖b − A x‖_M / ‖b‖_M, and the solver stops as soon as it is small enough."""
+    matrix = MATRICES["ill_conditioned"]
+    b = right_hand_side(len(matrix))
+    norm = np.eye(len(b)) if preconditioner is None else preconditioner
+
+    def relative_residual(x):
+        r = b - matrix @ x.numpy()
+        return np.sqrt(r @ norm @ r / (b @ norm @ b))
+
+    every = [solve(matrix, b, preconditioner=preconditioner, max_iter=k) for k in range(1, 13)]
+    residuals = [relative_residual(solution.x) for solution in every]
+    np.testing.assert_allclose([solution.residual for solution in every[:6]], residuals[:6], rtol=1e-6)
+    for rtol in (0.5, 0.2, 0.05):
+        first = next(k for k, residual in enumerate(residuals, start=1) if residual <= rtol)
+        solution = solve(matrix, b, preconditioner=preconditioner, max_iter=12, rtol=rtol)
+        assert (solution.status, solution.iterations) == (CGStatus.CONVERGED, first)
+
+
+@pytest.mark.parametrize("preconditioner", [None, jacobi(MATRICES["dense"])], ids=["plain", "jacobi"])
+@pytest.mark.parametrize("max_iter", [0, 1, 3, 8])
+def test_curvature_is_that_of_the_solution(preconditioner, max_iter):
+    matrix = MATRICES["dense"]
+    solution = solve(matrix, right_hand_side(8), preconditioner=preconditioner, max_iter=max_iter)
+    x = solution.x.numpy()
+    assert solution.curvature == pytest.approx(x @ matrix @ x, rel=1e-10)
+
+
+def test_exact_preconditioner_needs_one_iteration():
+    matrix = MATRICES["ill_conditioned"]
+    solution = solve(matrix, right_hand_side(8), preconditioner=np.linalg.inv(matrix), max_iter=8, rtol=1e-9)
+    assert (solution.status, solution.iterations) == (CGStatus.CONVERGED, 1)
+
+
+def test_quadratic_gain_grows_and_every_iterate_ascends():
+    matrix = MATRICES["ill_conditioned"]
+    b = right_hand_side(8)
+    iterates = [solve(matrix, b, max_iter=k).x.numpy() for k in range(1, 8)]
+    gains = [b @ x - 0.5 * x @ matrix @ x for x in iterates]
+    assert gains[0] > 0.0
+    assert np.all(np.diff(gains) > 0.0)
+    assert all(b @ x > 0.0 for x in iterates)
+
+
+def test_iteration_bound():
+    calls = []
+
+    def counted(v):
+        calls.append(v)
+        return as_map(MATRICES["dense"])(v)
+
+    solution = conjugate_gradient(counted, th.as_tensor(right_hand_side(8)), max_iter=3)
+    assert (solution.status, solution.iterations, len(calls)) == (CGStatus.ITERATION_BOUND, 3, 3)
+    assert 0.0 < solution.residual < 1.0
+
+
+def test_no_iterations_give_zero():
+    solution = solve(np.eye(2), np.ones(2), max_iter=0)
+    assert (solution.status, solution.iterations, solution.residual) == (CGStatus.ITERATION_BOUND, 0, 1.0)
+    assert solution.x.tolist() == [0.0, 0.0]
+
+
+def test_zero_right_hand_side_is_solved_by_zero_without_a_product():
+    def never(v):
+        pytest.fail("no product is needed")
+
+    solution = conjugate_gradient(never, th.zeros(3), max_iter=5, rtol=0.1)
+    assert (solution.status, solution.iterations, solution.residual) == (CGStatus.CONVERGED, 0, 0.0)
+    assert solution.x.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("diagonal", "iterations"), [([-1.0, -2.0], 0), ([0.0, 0.0], 0), ([3.0, -1.0], 1)])
+def test_nonpositive_curvature_keeps_the_last_iterate(diagonal, iterations):
+    matrix = np.diag(diagonal)
+    solution = solve(matrix, np.ones(2), max_iter=5)
+    assert (solution.status, solution.iterations) == (CGStatus.NONPOSITIVE_CURVATURE, iterations)
+    assert th.equal(solution.x, solve(matrix, np.ones(2), max_iter=iterations).x)
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0])
+def test_preconditioner_without_positive_curvature(scale):
+    solution = solve(np.eye(2), np.ones(2), preconditioner=scale * np.eye(2), max_iter=5)
+    assert (solution.status, solution.iterations) == (CGStatus.NONPOSITIVE_CURVATURE, 0)
+    assert solution.x.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_right_hand_side_that_is_not_finite(bad):
+    solution = solve(np.eye(2), np.array([1.0, bad]), max_iter=5)
+    assert (solution.status, solution.iterations) == (CGStatus.NOT_FINITE, 0)
+    assert solution.x.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("failing", ["A", "M"])
+@pytest.mark.parametrize("at", [1, 3])
+def test_product_that_is_not_finite_keeps_the_last_iterate(bad, failing, at):
+    matrix, b = th.as_tensor(MATRICES["dense"]), th.as_tensor(right_hand_side(8))
+    calls = {"A": 0, "M": -1 if failing == "M" else 0}  # M is first used before any product with A
+
+    def multiply(name, matrix):
+        def product(v):
+            calls[name] += 1
+            return th.full_like(v, bad) if name == failing and calls[name] == at else matrix @ v
+
+        return product
+
+    identity = th.eye(8, dtype=th.float64)
+    solution = conjugate_gradient(multiply("A", matrix), b, max_iter=8, M=multiply("M", identity))
+    assert (solution.status, solution.iterations) == (CGStatus.NOT_FINITE, at - 1)
+    assert solution.curvature == pytest.approx(float(solution.x.dot(matrix @ solution.x)), rel=1e-10)
+    th.testing.assert_close(solution.x, solve(matrix, b, max_iter=at - 1).x)
+
+
+def test_right_hand_side_is_left_alone():
+    b = th.as_tensor(right_hand_side(8))
+    before = b.clone()
+    solve(MATRICES["dense"], b, max_iter=8)
+    assert th.equal(b, before)
+
+
+# ---- warm starts
+
+
+def gain(matrix, b, x):
+    x = np.asarray(x)
+    return b @ x - 0.5 * x @ matrix @ x
+
+
+@by_matrix
+@pytest.mark.parametrize("make_preconditioner", [lambda _: None, jacobi], ids=["plain", "jacobi"])
+def test_warm_start_leads_to_the_same_solution(matrix, make_preconditioner):
+    b, x0 = right_hand_side(len(matrix)), th.as_tensor(right_hand_side(len(matrix), seed=5))
+    solution = solve(matrix, b, preconditioner=make_preconditioner(matrix), max_iter=100, rtol=1e-12, x0=x0)
+    assert solution.status is CGStatus.CONVERGED
+    np.testing.assert_allclose(solution.x, np.linalg.solve(matrix, b), rtol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1.0, -3.0, 1e-3])
+def test_warm_start_is_the_multiple_of_the_guess_that_gains_most(scale):
+    """With one product allowed, there is nothing but it: (bᵀx₀ / x₀ᵀAx₀) x₀."""
+    matrix, b = MATRICES["dense"], right_hand_side(8)
+    x0 = right_hand_side(8, seed=5)
+    solution = solve(matrix, b, max_iter=1, x0=th.as_tensor(scale * x0))
+    expected = (b @ x0) / (x0 @ matrix @ x0) * x0
+    np.testing.assert_allclose(solution.x, expected, rtol=1e-12)
+    assert (solution.status, solution.iterations) == (CGStatus.ITERATION_BOUND, 1)
+    assert solution.curvature == pytest.approx(expected @ matrix @ expected)
+    assert solution.residual == pytest.approx(np.linalg.norm(b - matrix @ expected) / np.linalg.norm(b))
+    assert gain(matrix, b, solution.x) > max(gain(matrix, b, 0.9 * expected), gain(matrix, b, 1.1 * expected), 0.0)
+
+
+@pytest.mark.parametrize("preconditioner", [None, jacobi(MATRICES["ill_conditioned"])], ids=["plain", "jacobi"])
+@pytest.mark.parametrize("max_iter", [2, 3, 5])
+def test_every_warm_iterate_is_scipys(preconditioner, max_iter):
+    matrix, b, x0 = MATRICES["ill_conditioned"], right_hand_side(8), right_hand_side(8, seed=5)
+    start = (b @ x0) / (x0 @ matrix @ x0) * x0
+    expected, _ = scipy_cg(matrix, b, x0=start, maxiter=max_iter - 1, rtol=1e-14, atol=0.0, M=preconditioner)
+    solution = solve(matrix, b, preconditioner=preconditioner, max_iter=max_iter, rtol=1e-14, x0=th.as_tensor(x0))
+    np.testing.assert_allclose(solution.x, expected, rtol=1e-9, atol=1e-12)
+    assert solution.iterations == max_iter
+
+
+def test_products_of_a_warm_start_are_bounded_too():
+    calls = []
+
+    def counted(v):
+        calls.append(v)
+        return as_map(MATRICES["dense"])(v)
+
+    b, x0 = th.as_tensor(right_hand_side(8)), th.as_tensor(right_hand_side(8, seed=5))
+    solution = conjugate_gradient(counted, b, max_iter=3, x0=x0)
+    assert (solution.status, solution.iterations, len(calls)) == (CGStatus.ITERATION_BOUND, 3, 3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_guess_from_a_system_nearby_is_worth_its_product(seed):
+    """Never a smaller gain than a start at zero with one product less; and a growing one."""
+    matrix = MATRICES["ill_conditioned"]
+    before, noise = right_hand_side(8, seed), right_hand_side(8, seed + 100)
+    b = before + 0.1 * noise
+    x0 = th.as_tensor(np.linalg.solve(matrix + 0.01 * np.diag(np.abs(noise)), before))
+    warm = [gain(matrix, b, solve(matrix, b, max_iter=k, x0=x0).x) for k in range(1, 7)]
+    cold = [gain(matrix, b, solve(matrix, b, max_iter=k - 1).x) for k in range(1, 7)]
+    assert all(w >= c - 1e-9 for w, c in zip(warm, cold, strict=True))
+    assert warm[0] > 0.0
+    assert np.all(np.diff(warm) > -1e-12)
+
+
+def test_exact_guess_is_the_solution_after_one_product():
+    matrix, b = MATRICES["ill_conditioned"], right_hand_side(8)
+    solution = solve(matrix, b, max_iter=8, rtol=1e-6, x0=th.as_tensor(7.0 * np.linalg.solve(matrix, b)))
+    assert (solution.status, solution.iterations) == (CGStatus.CONVERGED, 1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+def test_guess_that_is_no_direction_is_ignored(bad):
+    matrix, b = MATRICES["dense"], right_hand_side(8)
+    solution = solve(matrix, b, max_iter=4, x0=th.full((8,), bad, dtype=th.float64))
+    expected = solve(matrix, b, max_iter=4)
+    th.testing.assert_close(solution.x, expected.x, rtol=1e-12, atol=0.0)
+    assert solution.status is expected.status
+
+
+def test_guess_at_a_right_angle_to_the_right_hand_side_does_no_harm():
+    solution = solve(np.eye(2), np.array([1.0, 0.0]), max_iter=5, rtol=1e-9, x0=th.tensor([0.0, 1.0], dtype=th.float64))
+    assert (solution.status, solution.x.tolist()) == (CGStatus.CONVERGED, [1.0, 0.0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_preconditioner_that_fails_at_a_warm_start_is_not_called_convergence(bad):
+    matrix, b = th.as_tensor(MATRICES["dense"]), th.as_tensor(right_hand_side(8))
+    calls = []
+
+    def fails_at_the_second(v):
+        calls.append(v)
+        return th.full_like(v, bad) if len(calls) == 2 else v
+
+    solution = conjugate_gradient(lambda v: matrix @ v, b, max_iter=8, rtol=0.1, M=fails_at_the_second, x0=b.flip(0))
+    assert solution.status is CGStatus.NOT_FINITE
+    assert bool(th.isfinite(solution.x).all())
+
+
+def test_warm_start_where_the_curvature_is_not_positive():
+    """The guess's own curvature is negative: no multiple of it gains most, and it is ignored."""
+    matrix, b = np.diag([2.0, -1.0]), np.array([1.0, 1.0])
+    solution = solve(matrix, b, max_iter=5, x0=th.tensor([0.0, 1.0], dtype=th.float64))
+    assert solution.status is CGStatus.NONPOSITIVE_CURVATURE
+    assert th.equal(solution.x, solve(matrix, b, max_iter=5).x)

@@ -1,0 +1,187 @@
+import math
+
+import pytest
+
+from sb3_trpo.optim.line_search import (
+    Evaluation,
+    LineSearchResult,
+    LineSearchStatus,
+    backtracking_line_search,
+    max_step_length,
+    undamped_curvature,
+)
+
+NAN, INF = float("nan"), float("inf")
+START = Evaluation(objective=1.0, kl=0.0)
+GOOD = Evaluation(objective=2.0, kl=0.05)
+TARGET_KL = 0.1
+
+
+def search(points, max_iter=10):
+    """Search over given points; also the fractions tried."""
+    fractions = []
+
+    def evaluate(fraction):
+        fractions.append(fraction)
+        return points[len(fractions) - 1]
+
+    return backtracking_line_search(evaluate, START, target_kl=TARGET_KL, shrink=0.5, max_iter=max_iter), fractions
+
+
+@pytest.mark.parametrize(("curvature", "target_kl", "length"), [(2.0, 0.25, 0.5), (0.5, 0.01, 0.2), (1e-8, 0.02, 2000.0)])
+def test_step_length_by_hand(curvature, target_kl, length):
+    assert max_step_length(curvature, target_kl) == pytest.approx(length)
+    assert 0.5 * length**2 * curvature == pytest.approx(target_kl)
+
+
+def test_smallest_curvatures_give_no_endless_step():
+    assert max_step_length(5e-324, 0.05) == 0.0
+
+
+def test_damping_is_no_part_of_the_steps_curvature():
+    F, s, damping = 3.0, 2.0, 0.5
+    assert undamped_curvature(s * (F + damping) * s, damping, s * s) == pytest.approx(s * F * s)
+
+
+@pytest.mark.parametrize("F", [0.0, -1e-6, 1e-4], ids=["none", "rounding", "little"])
+def test_direction_that_the_fisher_matrix_hardly_knows_has_a_hundredth_of_the_damped_curvature(F):
+    assert undamped_curvature(F + 0.5, 0.5, 1.0) == pytest.approx(0.01 * (F + 0.5))
+
+
+@pytest.mark.parametrize("curvature", [0.0, -0.0, -1.0, NAN, INF, -INF])
+def test_no_step_without_a_finite_positive_curvature(curvature):
+    assert max_step_length(curvature, 0.1) == 0.0
+
+
+def test_full_step_is_taken_where_it_is_good():
+    result, fractions = search([GOOD])
+    assert result == LineSearchResult(LineSearchStatus.ACCEPTED, 1.0, 0, GOOD)
+    assert fractions == [1.0]
+
+
+OUTSIDE = Evaluation(2.0, 4 * TARGET_KL)
+REFUSED = {
+    "kl_nan": Evaluation(2.0, NAN),
+    "kl_inf": Evaluation(2.0, INF),
+    "objective_worse": Evaluation(0.5, 0.05),
+    "objective_equal": Evaluation(1.0, 0.05),
+    "objective_nan": Evaluation(NAN, 0.05),
+    "objective_inf": Evaluation(INF, 0.05),
+    "objective_minus_inf": Evaluation(-INF, 0.05),
+    "all_nan": Evaluation(NAN, NAN),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED.values(), ids=REFUSED)
+def test_backtracks_past_a_point_that_will_not_do(refused):
+    result, fractions = search([refused, refused, GOOD])
+    assert result == LineSearchResult(LineSearchStatus.ACCEPTED, 0.25, 2, GOOD)
+    assert fractions == [1.0, 0.5, 0.25]
+
+
+def test_point_outside_is_followed_by_the_boundary_of_a_quadratic_kl():
+    result, fractions = search([OUTSIDE, OUTSIDE, GOOD])
+    assert fractions == pytest.approx([1.0, 0.99 / 2, (0.99 / 2) ** 2])
+    assert result == LineSearchResult(LineSearchStatus.ACCEPTED, fractions[-1], 2, GOOD)
+
+
+def test_boundary_is_reached_to_two_percent_where_the_kl_is_quadratic():
+    kls = []
+
+    def evaluate(fraction):
+        kls.append(1.7 * TARGET_KL * fraction**2)
+        return Evaluation(2.0, kls[-1])
+
+    backtracking_line_search(evaluate, START, target_kl=TARGET_KL, shrink=0.5, max_iter=5)
+    assert len(kls) == 2
+    assert 0.98 * TARGET_KL <= kls[-1] <= TARGET_KL
+
+
+def test_first_point_that_will_do_is_taken_not_the_best():
+    better = Evaluation(5.0, 0.05)
+    assert search([GOOD, better])[0].point == GOOD
+
+
+def test_kl_may_equal_its_bound():
+    at_bound, above = Evaluation(2.0, TARGET_KL), Evaluation(2.0, math.nextafter(TARGET_KL, 1.0))
+    assert search([at_bound])[0].outcome is LineSearchStatus.ACCEPTED
+    assert search([above, GOOD])[0].backtracks == 1
+
+
+@pytest.mark.parametrize("refused", REFUSED.values(), ids=REFUSED)
+def test_rejects_after_the_last_try_with_the_start_point(refused):
+    result, fractions = search([refused] * 3, max_iter=3)
+    assert result == LineSearchResult(LineSearchStatus.REJECTED, 0.0, 3, START)
+    assert fractions == [1.0, 0.5, 0.25]
+
+
+def test_good_point_at_the_last_try_counts():
+    result, _ = search([REFUSED["kl_inf"]] * 2 + [GOOD], max_iter=3)
+    assert result == LineSearchResult(LineSearchStatus.ACCEPTED, 0.25, 2, GOOD)
+
+
+@pytest.mark.parametrize("start", [Evaluation(NAN, 0.0), Evaluation(INF, 0.0)], ids=["nan", "inf"])
+def test_nothing_improves_on_a_start_that_is_not_finite(start):
+    result = backtracking_line_search(lambda _: GOOD, start, target_kl=TARGET_KL, shrink=0.5, max_iter=2)
+    assert result.outcome is LineSearchStatus.REJECTED
+
+
+# ---- least improvement
+
+
+def search_from(start, points, *, max_iter=10, **kwargs):
+    remaining = iter(points)
+    fractions = []
+
+    def evaluate(fraction):
+        fractions.append(fraction)
+        return next(remaining)
+
+    return backtracking_line_search(evaluate, start, target_kl=TARGET_KL, shrink=0.5, max_iter=max_iter, **kwargs), fractions
+
+
+def test_improvement_must_reach_its_least_in_proportion_to_the_fraction():
+    """Of 1 at the full step, that is 0.5 at half of it, and 0.25 at a quarter; equality is enough."""
+    points = [Evaluation(1.9, 0.05), Evaluation(1.49, 0.05), Evaluation(1.25, 0.05)]
+    result, fractions = search_from(START, points, min_improvement=1.0)
+    assert result == LineSearchResult(LineSearchStatus.ACCEPTED, 0.25, 2, points[-1])
+    assert fractions == [1.0, 0.5, 0.25]
+    assert search_from(START, [Evaluation(2.0, 0.05)], min_improvement=1.0)[0].backtracks == 0
+    assert search_from(START, [Evaluation(1.9, 0.05)], min_improvement=0.0)[0].backtracks == 0
+
+
+@pytest.mark.parametrize("min_improvement", [0.0, -1.0, -math.inf])
+def test_improvement_is_above_zero_whatever_its_least(min_improvement):
+    result, _ = search_from(START, [Evaluation(1.0, 0.05), Evaluation(0.9, 0.05), GOOD], min_improvement=min_improvement)
+    assert result == LineSearchResult(LineSearchStatus.ACCEPTED, 0.25, 2, GOOD)
+
+
+@pytest.mark.parametrize("min_improvement", [NAN, INF])
+def test_nothing_reaches_a_least_improvement_that_is_not_finite(min_improvement):
+    assert search_from(START, [GOOD] * 3, max_iter=3, min_improvement=min_improvement)[0].outcome is LineSearchStatus.REJECTED
+
+
+# ---- starts inside the trust region
+
+
+def test_boundary_of_a_quadratic_kl_from_a_start_inside_the_region():
+    """0.02 of 0.1 is used up: a KL that grows by fraction² from there to 0.34 has 0.08 of 0.32 left, half of the step."""
+    start = Evaluation(1.0, 0.02)
+    result, fractions = search_from(start, [Evaluation(2.0, 0.34), GOOD])
+    assert fractions == pytest.approx([1.0, 0.99 * 0.5])
+    assert result == LineSearchResult(LineSearchStatus.ACCEPTED, fractions[1], 1, GOOD)
+
+
+def test_start_on_the_boundary_may_still_move_inside():
+    start = Evaluation(1.0, TARGET_KL)
+    assert search_from(start, [Evaluation(1.2, 0.09)])[0].outcome is LineSearchStatus.ACCEPTED
+    result, fractions = search_from(start, [OUTSIDE, start, start], max_iter=3)
+    assert result == LineSearchResult(LineSearchStatus.REJECTED, 0.0, 3, start)
+    assert fractions == [1.0, 0.0, 0.0]
+
+
+def test_rejected_search_reports_where_it_started():
+    start = Evaluation(1.5, 0.03)
+    assert search_from(start, [Evaluation(1.4, 0.05)] * 2, max_iter=2)[0] == LineSearchResult(
+        LineSearchStatus.REJECTED, 0.0, 2, start
+    )

@@ -1,0 +1,134 @@
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("seaborn", reason="needs the extra [zoo]")
+
+import numpy as np
+import pandas as pd
+from stable_baselines3.common.env_util import make_vec_env
+from torch.utils.tensorboard import SummaryWriter
+
+from sb3_trpo import TRPO, plots
+from sb3_trpo.errors import UsageError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two updates of a run, with SB3's logs."""
+    run = tmp_path / "trpo" / "CartPole-v1_1"
+    env = make_vec_env("CartPole-v1", 2, seed=0, monitor_dir=str(run))
+    TRPO("MlpPolicy", env, n_steps=64, seed=0, tensorboard_log=str(run), target_kl=0.02).learn(3 * 128)
+    return tmp_path
+
+
+def test_updates_are_read_from_the_log(folder: Path) -> None:
+    updates = plots.read_updates(folder)
+    assert updates["run"].unique() == ["trpo/CartPole-v1_1/TRPO_1"]
+    assert list(updates["steps"]) == [256, 384]  # SB3 writes an update's figures after the next rollout
+    assert (updates["target_kl"] == np.float32(0.02)).all()
+    assert updates["kl"].between(0.001, 0.02).all()
+
+
+def test_the_logs_of_others_are_left_out(tmp_path: Path) -> None:
+    writer = SummaryWriter(str(tmp_path))
+    writer.add_scalar("train/kl_divergence_loss", 0.01, 1)  # sb3-contrib's: averaged over dimensions, and without its bound
+    writer.close()
+    assert plots.read_updates(tmp_path).empty
+
+
+def test_episodes_are_counted_over_all_environments(folder: Path) -> None:
+    episodes = plots.read_episodes(folder)
+    assert set(episodes["env"]) == {"CartPole-v1"}
+    assert episodes["steps"].is_monotonic_increasing
+    assert episodes["steps"].iloc[-1] == episodes["return"].sum() <= 3 * 128  # CartPole pays 1 a step
+    assert episodes["seconds"].is_monotonic_increasing
+
+
+def test_the_trust_region_is_drawn_as_logged() -> None:
+    updates = pd.DataFrame(
+        {
+            "run": ["a", "a", "b"],
+            "steps": [10, 20, 10],
+            "kl": [0.01, 0.0, 0.02],
+            "target_kl": [0.02, 0.02, 0.02],
+            "cg_iterations": [3, 4, 5],
+            "backtracks": [0, 10, 1],
+            "step_length": [0.5, 0.0, 0.25],
+        }
+    )
+    figure = plots.draw_trust_region(updates)
+    kl, share, iterations, backtracks, length = figure.axes
+    assert [list(line.get_ydata()) for line in kl.lines] == [[0.01, 0.0], [0.02, 0.02], [0.02], [0.02]]
+    assert [list(line.get_ydata()) for line in share.lines] == [[0.5, 0.0], [1.0]]
+    assert [list(line.get_ydata()) for line in iterations.lines] == [[3, 4], [5]]
+    assert [list(line.get_ydata()) for line in backtracks.lines] == [[0, 10], [1]]
+    assert length.get_yscale() == "log"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_learning_curves_show_each_environment_against_steps_and_seconds() -> None:
+    rows = [
+        {
+            "env": env,
+            "algorithm": name,
+            "seed": seed,
+            "steps": steps,
+            "seconds": steps / 10 + seed,
+            "mean_return": steps + seed,
+        }
+        for env in ("CartPole-v1", "Pendulum-v1")
+        for name in ("trpo", "ppo")
+        for seed in (0, 2)
+        for steps in (100, 200)
+    ]
+    figure = plots.compare_learning(pd.DataFrame(rows))
+    assert len(figure.axes) == 4
+    for row in range(2):
+        steps, seconds = figure.axes[2 * row : 2 * row + 2]
+        for axes, x in ((steps, [100, 200]), (seconds, [11, 21])):  # seconds: mean over the seeds
+            lines = [line for line in axes.lines if len(line.get_xdata())]
+            assert [list(line.get_xdata()) for line in lines] == [x, x]
+            assert [list(line.get_ydata()) for line in lines] == [[101, 201], [101, 201]]
+
+
+def test_pictures_of_a_folder_and_of_a_results_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = plots.plot(folder, tmp_path / "pictures")
+    assert [path.name for path in pictures] == ["learning_curves", "trust_region"]
+    assert all(path.with_suffix(ending).stat().st_size > 0 for path in pictures for ending in (".png", ".svg"))
+    assert "share of δ used" in (tmp_path / "pictures" / "trust_region.svg").read_text(encoding="utf-8")
+    assert str(tmp_path / "pictures" / "learning_curves.png") in capsys.readouterr().out
+
+    rows = {
+        "env": "CartPole-v1",
+        "algorithm": "trpo",
+        "seed": [0, 1],
+        "steps": 100,
+        "seconds": 1.0,
+        "cpu_seconds": 0.5,
+        "mean_return": [9.0, 11.0],
+    }
+    pd.DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
+    assert plots.plot(tmp_path / "results.csv") == [tmp_path / "learning_curves"]
+    assert list(plots.read_results(tmp_path / "results.csv")["seconds"]) == [1.0, 1.0]
+    assert list(plots.read_results(tmp_path / "results.csv", clock="cpu")["seconds"]) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not a results file"),
+        ("a,b\n1,2\n", "it has no column env, algorithm, seed, steps, seconds, cpu_seconds, mean_return"),
+        ("env,algorithm,seed,steps,seconds,cpu_seconds,mean_return\n", "no results in it yet"),
+    ],
+)
+def test_a_file_without_results_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=words):
+        plots.plot(path)
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no results there"):
+        plots.plot(tmp_path)
