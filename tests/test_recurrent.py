@@ -508,7 +508,8 @@ class TestCollecting:
             filled.append(contents(model))
             states.append(model._last_lstm_states)
         for key, array in filled[1].items():
-            np.testing.assert_allclose(filled[0][key], array, rtol=1e-5, atol=1e-5, err_msg=key)
+            tolerance = 1e-4 if name == "image" else 1e-5  # SB3's loop hands convolutions transposed images
+            np.testing.assert_allclose(filled[0][key], array, rtol=tolerance, atol=tolerance, err_msg=key)
         for one, another in zip(states[0], states[1], strict=True):
             for actual, expected in zip(one, another, strict=True):
                 assert_close(actual, expected, 1e-6)

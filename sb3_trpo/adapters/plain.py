@@ -15,6 +15,8 @@ from torch.nn.modules import module as torch_module
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in HOOKS]
 
+LIBRARIES = ("torch", "stable_baselines3", "sb3_contrib", "sb3_trpo")
+
 #: Functions of the known classes, as they were when this package was imported.
 _FUNCTIONS: dict[type, dict[str, Any]] = {}
 
@@ -27,6 +29,15 @@ def remember(*classes: type) -> None:
     """
     for cls in classes:
         _FUNCTIONS.setdefault(cls, {name: item for name, item in vars(cls).items() if isinstance(item, FunctionType)})
+
+
+def is_of_library(cls: type) -> bool:
+    """
+    Return True if a class comes from torch, SB3, sb3-contrib or this package.
+
+    :param cls: any class
+    """
+    return cls.__module__.partition(".")[0] in LIBRARIES
 
 
 remember(nn.Module, *{item for item in vars(nn).values() if isinstance(item, type) and issubclass(item, nn.Module)})
