@@ -69,7 +69,14 @@ from sb3_trpo.policies import (
 from sb3_trpo.rollouts.actor import RolloutActor
 from sb3_trpo.rollouts.callback_locals import are_known, compute_locals
 from sb3_trpo.rollouts.checks import EnvOutputCheck, checked_steps, kept_statistics
-from sb3_trpo.rollouts.collect import Truncation, find_truncations, stack_observations, write_decisions, write_outcomes
+from sb3_trpo.rollouts.collect import (
+    Truncation,
+    find_truncations,
+    stack_observations,
+    widen_observations,
+    write_decisions,
+    write_outcomes,
+)
 from sb3_trpo.rollouts.eligibility import draws_random_numbers, has_known_modules, has_own_forward, numpy_mlp
 from sb3_trpo.rollouts.fast_step import fast_step_fn
 from sb3_trpo.rollouts.samplers import (
@@ -427,6 +434,7 @@ class TRPO(DistributedAlgorithm):
                     return self._collect_by_sb3(env, callback, rollout_buffer, n_rollout_steps)
             self.policy.set_training_mode(False)
             rollout_buffer.reset()
+            widen_observations(rollout_buffer, self._last_obs)  # type: ignore[arg-type]
             callback.on_rollout_start()
             actor = self._make_actor(env, callback, n_rollout_steps)
             to_env, step = action_transform(self.policy), fast_step_fn(env)

@@ -80,9 +80,7 @@ class RolloutActor:
         :param step: number of the step in the rollout
         :return: actions, shape ``(n_envs, *action_shape)``
         """
-        if self._has_changed():
-            self._evaluate_by_old_policy(step)
-            self._sampler = self._state = None
+        self._follow_policy(step)
         self._step, self._observations, self._variables = step, observations, None
         if self._sampler is not None:
             self._actions = self._sampler(observations, step)
@@ -113,9 +111,12 @@ class RolloutActor:
 
         :param truncations: the episodes
         """
-        self._pending += truncations
-        if self._sampler is None:
-            self._evaluate_truncations(self._step + 1)
+        self._follow_policy(self._step + 1)
+        if self._sampler is not None:
+            self._pending += truncations
+            return
+        for truncation in truncations:  # one by one, as SB3, for networks that change with every call
+            self._bootstrap([truncation])
 
     def finish(self, last_observations: Observations, last_dones: np.ndarray) -> th.Tensor:
         """
@@ -130,7 +131,7 @@ class RolloutActor:
             self._evaluate_by_old_policy(n_steps)
         with th.no_grad():
             self._evaluate_steps(n_steps)
-            self._evaluate_truncations(n_steps)
+            self._bootstrap(self._pending)
             last_values = self._algorithm._last_values(last_observations, last_dones)
         bootstrap(self._buffer, self._bootstraps, last_values, last_dones)
         if self._variables is None:
@@ -139,6 +140,14 @@ class RolloutActor:
         self._variables = {**self._variables, "values": last_values}
         self._state = None
         return last_values
+
+    def _follow_policy(self, n_steps: int) -> None:
+        """If the policy has changed since it acted, evaluate its steps, and act by SB3's loop from here on."""
+        if self._has_changed():
+            self._evaluate_by_old_policy(n_steps)
+            self._sampler = self._state = None
+            self._bootstrap(self._pending)
+            self._pending = []
 
     def _has_changed(self) -> bool:
         return self._state is not None and self._state.has_changed()
@@ -158,7 +167,9 @@ class RolloutActor:
         assert self._state is not None
         with self._state.restored():
             self._evaluate_steps(n_steps)
-            self._evaluate_truncations(n_steps - 1)
+            ready = [truncation for truncation in self._pending if truncation.step < n_steps - 1]
+            self._bootstrap(ready)
+            self._pending = self._pending[len(ready) :]
 
     def _evaluate_steps(self, n_steps: int) -> None:
         first, n_envs = self._n_evaluated, self._buffer.n_envs
@@ -172,13 +183,10 @@ class RolloutActor:
         self._buffer.log_probs[first:n_steps] = th.cat([each for _, each in evaluated]).cpu().numpy().reshape(-1, n_envs)
         self._n_evaluated = n_steps
 
-    def _evaluate_truncations(self, n_steps: int) -> None:
-        """Bootstrap those in the first steps."""
-        ready = [truncation for truncation in self._pending if truncation.step < n_steps]
-        self._pending = self._pending[len(ready) :]
-        if ready:
-            with th.no_grad():
-                self._bootstraps += zip(ready, self._algorithm._truncated_values(ready), strict=True)
+    @th.no_grad()
+    def _bootstrap(self, truncations: list[Truncation]) -> None:
+        if truncations:
+            self._bootstraps += zip(truncations, self._algorithm._truncated_values(truncations), strict=True)
 
     def _rows(self, first: int, stop: int) -> RolloutBatch:
         n_envs = self._buffer.n_envs

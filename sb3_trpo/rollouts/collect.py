@@ -24,6 +24,27 @@ class Truncation(NamedTuple):
     observation: Any
 
 
+def widen_observations(buffer: RolloutBuffer, observations: Observations) -> None:
+    """
+    Make room in an empty buffer for observations that are not of their space's type, as those of ``VecNormalize``.
+
+    SB3 acts on such observations, and then stores and trains on what is left of them in a float16 or an integer.
+
+    :param buffer: the buffer
+    :param observations: observations of the kind that is to be stored
+    """
+    if isinstance(buffer, DictRolloutBuffer):
+        for key, stored in buffer.observations.items():
+            buffer.observations[key] = _widened(stored, observations[key])
+    else:
+        buffer.observations = _widened(buffer.observations, observations)  # type: ignore[arg-type, assignment]
+
+
+def _widened(stored: np.ndarray, values: np.ndarray) -> np.ndarray:
+    is_narrow = values.dtype.kind == "f" and not np.can_cast(np.promote_types(np.float16, values.dtype), stored.dtype)
+    return stored.astype(np.float32) if is_narrow and stored.dtype not in (np.float32, np.float64) else stored
+
+
 def write_decisions(buffer: RolloutBuffer, step: int, observations: Observations, actions: np.ndarray) -> None:
     """
     Write what was decided at a step into the buffer.
