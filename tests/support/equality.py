@@ -225,6 +225,8 @@ def assert_equal(actual: Any, expected: Any, what: str, tolerance: float = 1e-5)
 def deviations(model: Any, inputs: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """Actions less their means, and their standard deviations, by the distribution that is trained."""
     parts = torch_distributions(model, inputs)
+    if model.policy.squash_output:
+        actions = actions.atanh()
     errors, spreads = [], []
     for i, part in enumerate(parts):
         taken = actions if len(parts) == 1 else actions[:, i]
@@ -238,10 +240,10 @@ def deviations(model: Any, inputs: Any, actions: th.Tensor) -> tuple[th.Tensor, 
     return th.cat(errors, dim=1).double(), th.cat(spreads, dim=1).double()
 
 
-def kl_divergence(old: list[Any], new: list[Any]) -> th.Tensor:
+def kl_divergence(old: list[Any], new: list[Any], weights: th.Tensor) -> th.Tensor:
     """Mean joint KL of torch's distributions, by torch."""
     pairs = zip(old, new, strict=True)
-    return sum(th.distributions.kl_divergence(p, q).reshape(p.batch_shape[0], -1).sum(dim=1) for p, q in pairs).mean()
+    return weights @ sum(th.distributions.kl_divergence(p, q).reshape(p.batch_shape[0], -1).sum(dim=1) for p, q in pairs)
 
 
 def torch_distributions(model: Any, inputs: Any) -> list[Any]:
