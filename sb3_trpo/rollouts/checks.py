@@ -67,18 +67,18 @@ class EnvOutputCheck:
 
     def check_actions(self, actions: np.ndarray) -> None:
         """
-        Check the next actions, where observations that are not finite may have reached the policy.
+        Check the next actions, if observations that are not finite may have reached the policy.
 
         :param actions: one for each environment
         :raises NonFiniteError: one of them is not finite; names the environment and the step
         """
-        if not self._checks_observations and not is_finite(actions):
+        if not is_finite(actions):
             self.step += 1
             self._check("action", actions, actions)
 
     def check_evaluation(self, buffer: RolloutBuffer) -> None:
         """
-        Check values and log-probabilities, where observations that are not finite may have reached the policy.
+        Check values and log-probabilities, if observations that are not finite may have reached the policy.
 
         :param buffer: the full buffer
         :raises NonFiniteError: one of them is not finite; names the environment and the step
