@@ -432,9 +432,8 @@ class TRPO(DistributedAlgorithm):
                     return self._collect_by_sb3(env, callback, rollout_buffer, n_rollout_steps)
             self.policy.set_training_mode(False)
             rollout_buffer.reset()
-            new_obs = copy_observations(self._last_obs)  # type: ignore[arg-type]
-            self._last_obs = new_obs
-            widen_observations(rollout_buffer, new_obs)
+            self._last_obs = copy_observations(self._last_obs)  # type: ignore[arg-type]
+            widen_observations(rollout_buffer, self._last_obs)
             callback.on_rollout_start()
             actor = self._make_actor(env, callback, n_rollout_steps)
             act, to_env, step = actor.act, action_transform(self.policy), fast_step_fn(env)
@@ -462,7 +461,7 @@ class TRPO(DistributedAlgorithm):
                 self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
                 n_steps += 1
 
-            actor.finish(new_obs, dones)
+            actor.finish(self._last_obs, dones)  # type: ignore[arg-type]
             check.check_evaluation(rollout_buffer)
             callback.update_locals({**locals(), **actor.variables()})
             callback.on_rollout_end()

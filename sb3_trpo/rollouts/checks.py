@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from sb3_trpo.errors import NonFiniteError
 from sb3_trpo.rollouts.collect import Truncation
 
-FLOAT32_MAX = np.float64(np.finfo(np.float32).max)
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -25,12 +25,12 @@ def is_finite(array: np.ndarray) -> bool:
     if array.dtype.kind != "f":
         return True
     # The square sum costs a quarter of `isfinite(...).all()`. Large finite numbers may overflow it, hence the second look.
-    return bool(np.vdot(array, array) < FLOAT32_MAX) or bool(_are_finite(array).all())
+    return float(np.vdot(array, array)) < FLOAT32_MAX or bool(_are_finite(array).all())
 
 
 def _are_finite(array: np.ndarray) -> np.ndarray:
     """Which elements are finite in float32, the type in which SB3 keeps rewards and hands observations to networks."""
-    return np.abs(array) <= FLOAT32_MAX  # False for NaN
+    return np.abs(array) <= np.float64(FLOAT32_MAX)  # False for NaN
 
 
 class EnvOutputCheck:

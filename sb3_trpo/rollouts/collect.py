@@ -37,11 +37,11 @@ def widen_observations(buffer: RolloutBuffer, observations: Observations) -> Non
         for key, stored in buffer.observations.items():
             buffer.observations[key] = _widened(stored, observations[key])
     else:
-        buffer.observations = _widened(buffer.observations, observations)  # type: ignore[arg-type, assignment]
+        buffer.observations = _widened(buffer.observations, observations)  # type: ignore[arg-type]
 
 
 def _widened(stored: np.ndarray, values: np.ndarray) -> np.ndarray:
-    is_narrow = values.dtype.kind == "f" and not np.can_cast(np.promote_types(np.float16, values.dtype), stored.dtype)
+    is_narrow = values.dtype.kind == "f" and not np.can_cast(values.dtype, stored.dtype)
     return stored.astype(np.float32) if is_narrow and stored.dtype not in (np.float32, np.float64) else stored
 
 

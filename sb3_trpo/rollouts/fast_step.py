@@ -93,13 +93,13 @@ def step_dummy(env: DummyVecEnv) -> VecEnvStepReturn:
         obs, env.buf_rews[index], terminated, truncated, info = single.step(env.actions[index])
         done = terminated or truncated
         info["TimeLimit.truncated"] = truncated and not terminated
-        infos.append(copy_info(info))
         if done:
-            # SB3 copies after the reset, which is too late where an environment writes all observations into one array.
-            info["terminal_observation"] = infos[-1]["terminal_observation"] = copy.deepcopy(obs)
+            # SB3 copies it after the reset: too late where an environment writes all observations into one array.
+            info["terminal_observation"] = copy.deepcopy(obs)
             obs, env.reset_infos[index] = single.reset()
         env.buf_dones[index] = done
         env.buf_infos[index] = info
+        infos.append(copy_info(info))
         env._save_obs(index, obs)
     observations = dict_to_obs(env.observation_space, {key: stored.copy() for key, stored in env.buf_obs.items()})
     return observations, env.buf_rews.copy(), env.buf_dones.copy(), infos
