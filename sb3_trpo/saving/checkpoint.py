@@ -381,7 +381,9 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         with kept_statistics(self.env):
             result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
             if self.env is not None:
-                EnvOutputCheck(self.env, self.num_timesteps).check_start(self._last_obs)
+                EnvOutputCheck(self.env, self.num_timesteps, getattr(self, "check_observations", True)).check_start(
+                    self._last_obs
+                )
         if reset_num_timesteps:
             self._iterations_before = 0
         elif self._pending_log is not None:
