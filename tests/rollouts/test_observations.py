@@ -59,7 +59,8 @@ class Masking(FlattenExtractor):
 
 
 def make(odd: float, dtype: Any = np.float64, normalize: bool = False, **arguments: Any) -> TRPO:
-    space = spaces.Box(-np.inf, np.inf, (3,), dtype)
+    low, high = (0, 255) if dtype is np.uint8 else (-np.inf, np.inf)
+    space = spaces.Box(low, high, (3,), dtype)
     env: VecEnv = DummyVecEnv([lambda: Given(space, odd)] * N_ENVS)
     env = VecNormalize(env) if normalize else env
     return TRPO("MlpPolicy", env, n_steps=N_STEPS, seed=0, device="cpu", batch_size=16, **arguments)
