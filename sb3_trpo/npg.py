@@ -9,7 +9,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import nn
 
-from sb3_trpo.arguments import POSITIVE_OR_SCHEDULE_OR_NONE, Rule, checked, rules_of, schedule_value, takes_arguments_of
+from sb3_trpo.arguments import POSITIVE_OR_SCHEDULE_OR_NONE, Rule, schedule_value
+from sb3_trpo.constructors import checked, rules_of, takes_arguments_of
 from sb3_trpo.optim.line_search import Evaluation, LineSearchResult, LineSearchStatus
 from sb3_trpo.optim.objective import Surrogate
 from sb3_trpo.optim.parameters import Snapshot, assign, flatten

@@ -24,7 +24,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_trpo.adapters.sequences import LstmStates, lstm_states, read_sequences, without_cudnn
-from sb3_trpo.arguments import Rule, one_of, takes_arguments_of
+from sb3_trpo.arguments import Rule, one_of
+from sb3_trpo.constructors import takes_arguments_of
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.rollouts.collect import Truncation, bootstrap, stack_observations
 from sb3_trpo.rollouts.samplers import ActionSampler, Observations

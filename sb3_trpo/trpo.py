@@ -39,19 +39,18 @@ from sb3_trpo.arguments import (
     VERBOSITY,
     Rule,
     check_arguments,
-    checked,
     instance_of,
     one_of,
     optional,
-    rules_of,
     schedule_value,
     shown,
     subclass_of,
 )
+from sb3_trpo.constructors import checked, rules_of
 from sb3_trpo.distributed.moments import moments
-from sb3_trpo.distributed.process_group import detect_rank, local_device
+from sb3_trpo.distributed.process_group import local_device
 from sb3_trpo.distributed.synchronization import DistributedAlgorithm, synchronized
-from sb3_trpo.errors import did_you_mean
+from sb3_trpo.errors import did_you_mean, warn_user
 from sb3_trpo.optim.batch import Inputs, RolloutBatch, normalize_advantages, read_rollout
 from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.critic import CriticFit, fit_gauss_newton, fit_minibatches
@@ -85,15 +84,27 @@ from sb3_trpo.rollouts.collect import Truncation, evaluate_rollout, find_truncat
 from sb3_trpo.rollouts.fast_step import fast_step_fn
 from sb3_trpo.rollouts.samplers import ActionSampler, Observations, action_transform, make_sampler
 from sb3_trpo.saving.archive import Attributes
-from sb3_trpo.saving.sb3_contrib import joint_kl_arguments, kl_dimensions
+from sb3_trpo.saving.sb3_contrib import MINIBATCH_ARGUMENTS, convert_model
 
 IMAGE_CHUNK = 256  # states in one forward pass where max_batch_size leaves it open: some 100 MB with NatureCNN
 
 MAX_STATES = 2**31 - 1  # in a rollout
-#: Arguments that only one of the two critics uses.
-MINIBATCH_ARGUMENTS = ("learning_rate", "batch_size", "n_critic_updates")
+#: Arguments that only the Gauss-Newton critic uses.
 GAUSS_NEWTON_ARGUMENTS = ("critic_damping", "n_critic_steps")
 OPTIMIZER_OPTIONS = ("optimizer_class", "optimizer_kwargs")
+#: Arguments that are not the algorithm's own.
+SB3_ARGUMENTS = (
+    "policy",
+    "env",
+    "rollout_buffer_class",
+    "rollout_buffer_kwargs",
+    "stats_window_size",
+    "tensorboard_log",
+    "policy_kwargs",
+    "verbose",
+    "seed",
+    "device",
+)
 #: Attributes of models that earlier versions saved.
 RETIRED_ATTRIBUTES = (
     "cg_warm_start",
@@ -231,7 +242,7 @@ class TRPO(DistributedAlgorithm):
         return_scaling: Annotated[bool, BOOLEAN] = False,
         action_bound: Annotated[str | None, one_of(*ACTION_BOUNDS, None)] = None,
     ) -> None:
-        place = detect_rank(self.distributed)
+        place = self._place
         super().__init__(
             policy,
             env,
@@ -284,9 +295,9 @@ class TRPO(DistributedAlgorithm):
         if _init_setup_model:
             self._setup_model()
 
-    #: Rule of each constructor argument that the model keeps as an attribute.
+    #: Rules of the algorithm's own arguments: files, hyperparameters and other processes are checked by them.
     argument_rules: ClassVar[dict[str, Rule]] = {
-        name: rule for name, rule in rules_of(__init__).items() if name not in ("policy", "env", "device")
+        name: rule for name, rule in rules_of(__init__).items() if name not in SB3_ARGUMENTS
     }
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
@@ -299,8 +310,9 @@ class TRPO(DistributedAlgorithm):
 
     def _setup_model(self) -> None:
         # A loaded model's arguments come from its file and from the keyword arguments of `load`.
-        rules = {name: rule for name, rule in self.argument_rules.items() if name in vars(self)}
-        vars(self).update(check_arguments(rules, vars(self)))
+        rules = {**rules_of(TRPO.__init__), **self.argument_rules}
+        kept = {name: rule for name, rule in rules.items() if name in vars(self) and name != "policy"}
+        vars(self).update(check_arguments(kept, vars(self)))
         if getattr(self, "observation_space", None) is None:
             raise ValueError("env=None is not allowed: a new model needs an environment")
         self._check_rollout_size()
@@ -337,7 +349,7 @@ class TRPO(DistributedAlgorithm):
             if names is MINIBATCH_ARGUMENTS and "policy_kwargs" in given:
                 unused += optimizer
             if unused:
-                warnings.warn(f"{', '.join(unused)}: without effect, because of {reason}", stacklevel=5)
+                warn_user(f"no effect with {reason}: {', '.join(unused)}")
 
     def _build(self) -> None:
         try:
@@ -774,26 +786,5 @@ class TRPO(DistributedAlgorithm):
         for name in RETIRED_ATTRIBUTES:
             vars(self).pop(name, None)
         if "kl_is_joint" not in attributes.names:
-            self._convert_from_sb3_contrib(keep)
+            convert_model(self, keep)
         self._warn_of_unused_arguments(keep)
-
-    def _convert_from_sb3_contrib(self, keep: set[str]) -> None:
-        """Convert the arguments that refer to a KL averaged over action dimensions, and name the critic."""
-        converted = {
-            name: value for name, value in joint_kl_arguments(vars(self), self.action_space).items() if name not in keep
-        }
-        changes = [f"{name}={getattr(self, name)} -> {value}" for name, value in converted.items()]
-        vars(self).update(converted)
-        critic = (
-            ""
-            if "critic_method" in keep
-            else (
-                f". Its critic is now fitted with critic_method={self.critic_method!r}, which uses none of "
-                f"{', '.join(MINIBATCH_ARGUMENTS)}; load(..., critic_method='minibatch') keeps sb3-contrib's"
-            )
-        )
-        warnings.warn(
-            "the file is from sb3-contrib, whose KL is averaged over action dimensions; converted to the joint KL of "
-            f"{kl_dimensions(self.action_space)} dimension(s): {', '.join(changes) or 'nothing to change'}{critic}",
-            stacklevel=4,
-        )

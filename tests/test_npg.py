@@ -268,7 +268,7 @@ def test_a_bad_step_size_is_refused_before_an_environment_is_made(value: Any) ->
         {},
         {"actor_step_size": 0.2},
         {"actor_step_size": lambda progress: 0.2 * progress},
-        {"cg_warm_start": True, "return_scaling": True},
+        {"return_scaling": True},
     ],
     ids=["kl", "fixed", "schedule", "more"],
 )

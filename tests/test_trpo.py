@@ -418,7 +418,7 @@ def test_the_size_of_batches_changes_nothing_but_rounding(observation_space: spa
     policy = "MultiInputPolicy" if observation_space is DICT else "CnnPolicy" if observation_space is IMAGE else "MlpPolicy"
     # Solvers amplify rounding from iteration to iteration, so let them do few.
     kwargs = {"policy_kwargs": SMALL_CNN if observation_space is IMAGE else {}, "sub_sampling_factor": factor}
-    kwargs |= {"cg_max_steps": 3, "cg_residual_tol": 0.0, "critic_cg_max_steps": 3}
+    kwargs |= {"cg_max_steps": 3, "cg_residual_tol": 0.0}
     whole, cut = (
         make(ScriptedEnv(observation_space=observation_space), policy, max_batch_size=size, **kwargs).learn(N_STEPS)
         for size in (N_STEPS, 12)

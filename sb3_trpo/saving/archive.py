@@ -22,6 +22,8 @@ MAX_EXPANSION = 4
 ALWAYS_ALLOWED = 2**26
 #: SB3's parameter files, all of which a model needs.
 PARAMETERS = ("policy.pth", "policy.optimizer.pth")
+#: Tensors that are attributes of a model: the search direction of earlier versions, which nothing reads now.
+VARIABLES = "pytorch_variables.pth"
 #: Written beside SB3's members: what the file is.
 METADATA = "sb3_trpo.json"
 #: Attributes that are made anew from others when a model is set up.
@@ -83,6 +85,22 @@ class Archive:
             return self._zip.read(member)
         except Exception as error:
             raise CorruptCheckpointError(self._path, member, error) from error
+
+    def without(self, member: str) -> bytes:
+        """
+        Leave a member out.
+
+        :param member: its name
+        :return: the file's bytes without it
+        """
+        if member not in self.names:
+            return self.contents
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as copy:
+            for name in self.names:
+                if name != member:
+                    copy.writestr(name, self._zip.read(name))
+        return buffer.getvalue()
 
     def read_json(self, member: str) -> dict[str, Any]:
         """

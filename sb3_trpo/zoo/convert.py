@@ -17,8 +17,7 @@ import yaml
 from gymnasium import spaces
 
 from sb3_trpo.errors import UsageError, did_you_mean
-from sb3_trpo.saving.sb3_contrib import CONTRIB_DEFAULTS, joint_kl_arguments
-from sb3_trpo.trpo import MINIBATCH_ARGUMENTS
+from sb3_trpo.saving.sb3_contrib import CONTRIB_DEFAULTS, MINIBATCH_ARGUMENTS, joint_kl_arguments
 from sb3_trpo.zoo.hyperparameters import read
 
 
