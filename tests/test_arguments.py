@@ -58,7 +58,7 @@ TABLE = {
     "SAMPLE_FREQUENCY": ([-1, 1, 4, np.int8(-1)], [0, -2, 1.5, True, None]),
     "NATURAL_NUMBER": ([0, 1, np.int32(3)], [-1, 0.0, False, NAN, INF, *NOT_NUMBERS]),
     "UNIT_INTERVAL": (
-        [0, 0.0, 1, 1.0, 0.99, np.float32(0.5), Fraction(1, 3)],
+        [0, 0.0, 1, 1.0, 0.99, np.float32(0.5), Fraction(1, 4)],
         [-1e-9, 1.0 + 1e-9, True, NAN, INF, *NOT_NUMBERS],
     ),
     "OPEN_UNIT_INTERVAL": ([1e-9, 0.8, 1.0 - 1e-9], [0, 0.0, 1, 1.0, -0.5, 2, True, NAN, *NOT_NUMBERS]),

@@ -113,7 +113,10 @@ def test_every_key_of_sb3_contrib_and_our_own_are_logged() -> None:
 
     own = "backtracks step_length expected_improvement actual_improvement gradient_norm cg_iterations cg_residual cg_status"
     own += " line_search entropy target_kl is_critic_fit_success"
-    assert {f"train/{key}" for key in own.split()} | set(theirs.logger.name_to_value) <= set(ours.logger.name_to_value)
+    assert {f"train/{key}" for key in own.split()} | set(theirs.logger.name_to_value) <= {
+        *ours.logger.name_to_value,
+        "train/learning_rate",
+    }
 
 
 def test_logged_numbers_describe_the_update() -> None:
