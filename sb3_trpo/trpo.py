@@ -294,6 +294,7 @@ class TRPO(DistributedAlgorithm):
 
         if _init_setup_model:
             self._setup_model()
+            self._warn_of_unused_arguments(self._given_arguments)
 
     #: Rules of the algorithm's own arguments: files, hyperparameters and other processes are checked by them.
     argument_rules: ClassVar[dict[str, Rule]] = {
@@ -317,7 +318,6 @@ class TRPO(DistributedAlgorithm):
             raise ValueError("env=None is not allowed: a new model needs an environment")
         self._check_rollout_size()
         self._check_policy()
-        self._warn_of_unused_arguments(self._given_arguments)
         self._build()
         if not self._can_collect(self.rollout_buffer):
             self._check_sb3s_loop()
