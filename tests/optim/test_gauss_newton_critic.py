@@ -385,8 +385,8 @@ def test_few_iterations_give_nearly_all_of_the_exact_step():
     assert gains[0] > 0.9 * gains[1]
 
 
-@pytest.mark.parametrize("damping", [0.03, 1e-6])
-@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("damping", [0.03, 1e-3])
+@pytest.mark.parametrize("scale", [1.0, 5.0])
 def test_iterations_beyond_attainable_accuracy_cost_no_fit(scale, damping):
     """Far more iterations than single precision can use, and no tolerance: the fit is that of the converged step."""
     data = rollout(dtype=th.float32, scale=scale)

@@ -14,8 +14,11 @@ import rl_zoo3.import_envs  # noqa: F401
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_trpo import TRPO, benchmark, compare, jobs
+from sb3_trpo import TRPO
 from sb3_trpo.errors import UsageError
+from sb3_trpo.zoo import benchmark
+from sb3_trpo.zoo import report as compare
+from sb3_trpo.zoo import training as jobs
 
 
 def job(folder: Path, algorithm: str = "trpo", **changes: Any) -> jobs.Job:

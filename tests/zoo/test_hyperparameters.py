@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("yaml", reason="needs the extra [zoo]")
 
-from sb3_trpo import TRPO, hyperparameters
+from sb3_trpo import TRPO
 from sb3_trpo.errors import UsageError
+from sb3_trpo.zoo import hyperparameters
 
 ROOT = Path(__file__).parents[2]
 FILE = """\

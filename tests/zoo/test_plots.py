@@ -9,8 +9,9 @@ import pandas as pd
 from stable_baselines3.common.env_util import make_vec_env
 from torch.utils.tensorboard import SummaryWriter
 
-from sb3_trpo import TRPO, plots
+from sb3_trpo import TRPO
 from sb3_trpo.errors import UsageError
+from sb3_trpo.zoo import plots
 
 
 @pytest.fixture
