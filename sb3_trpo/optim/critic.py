@@ -22,6 +22,10 @@ from sb3_trpo.optim.parameters import Snapshot, all_finite, assign, flatten
 
 ValueFunction = Callable[[Inputs], th.Tensor]
 
+#: Conjugate gradient iterations of a Gauss-Newton step, and their relative tolerance.
+CG_MAX_STEPS = 8
+CG_RESIDUAL_TOL = 0.1
+
 
 class CriticFit(NamedTuple):
     """
@@ -141,8 +145,8 @@ def fit_gauss_newton(
     chain: MLP | None,
     damping: float,
     n_steps: int,
-    cg_max_steps: int,
-    cg_residual_tol: float,
+    cg_max_steps: int = CG_MAX_STEPS,
+    cg_residual_tol: float = CG_RESIDUAL_TOL,
 ) -> CriticFit:
     """
     Minimise E[(V(s) − R̂)²] by damped Gauss-Newton steps, each solved by conjugate gradients and shortened until it helps.
@@ -162,23 +166,29 @@ def fit_gauss_newton(
     """
     regression = ValueRegression(values, chunks, layers)
     # Two steps apart, the curvature is much the same: one preconditioner serves them all.
-    inverse = KFACPreconditioner(regression, layers, critic, damping) if critic else None
+    inverse: KFACPreconditioner | None = None
     for taken in range(n_steps if critic else 0):
+        gradient = regression.gradient(critic)
+        fisher = FisherOperator(regression, critic, damping, chain)
+        fisher.keep_definite(gradient)
+        inverse = inverse or KFACPreconditioner(regression, layers, critic, fisher.damping)
         solution = conjugate_gradient(
-            FisherOperator(regression, critic, damping, chain),
-            regression.gradient(critic),
+            fisher,
+            gradient,
             max_iter=cg_max_steps,
             rtol=cg_residual_tol,
             M=inverse,
         )
-        improved = _improve(regression, solution.x, critic)
+        improved = _improve(regression, solution.x, 2.0 * float(gradient.dot(solution.x)), critic)
         if improved is None:
             return CriticFit([regression.loss], taken > 0)
         regression = improved
     return CriticFit([regression.loss], True)
 
 
-def _improve(regression: ValueRegression, step: th.Tensor, critic: Sequence[nn.Parameter]) -> ValueRegression | None:
+def _improve(
+    regression: ValueRegression, step: th.Tensor, slope: float, critic: Sequence[nn.Parameter]
+) -> ValueRegression | None:
     """Take the step, or the first of its halves that lowers the loss; else put the critic back."""
     before = Snapshot(critic)
     start = flatten(critic).detach()
@@ -190,7 +200,9 @@ def _improve(regression: ValueRegression, step: th.Tensor, critic: Sequence[nn.P
         candidate = regression.anew()
         return Evaluation(objective=-candidate.loss, kl=0.0)
 
-    search = backtracking_line_search(evaluate, Evaluation(-regression.loss, 0.0), target_kl=0.0, shrink=0.5, max_iter=6)
+    search = backtracking_line_search(
+        evaluate, Evaluation(-regression.loss, 0.0), target_kl=0.0, shrink=0.5, max_iter=6, slope=slope
+    )
     if search.outcome is LineSearchStatus.ACCEPTED:
         return candidate
     before.restore()

@@ -22,6 +22,8 @@ MAX_EXPANSION = 4
 ALWAYS_ALLOWED = 2**26
 #: SB3's parameter files, all of which a model needs.
 PARAMETERS = ("policy.pth", "policy.optimizer.pth")
+#: Tensors that are attributes of a model.
+VARIABLES = "pytorch_variables.pth"
 #: Written beside SB3's members: what the file is.
 METADATA = "sb3_trpo.json"
 #: Attributes that are made anew from others when a model is set up.
@@ -121,6 +123,24 @@ class Archive:
             raise UntrustedFileError(self._path, member, f"the global {refused[1]}") from error
         except Exception as error:
             raise CorruptCheckpointError(self._path, member, error) from error
+
+
+def without_search_direction(archive: Archive) -> bytes:
+    """
+    Leave out the search direction that earlier versions saved, which is no attribute of a model anymore.
+
+    :param archive: the file of a model
+    :return: the file's bytes, without the member if the direction is all it holds
+    """
+    variables = archive.read_state(VARIABLES) if VARIABLES in archive.names else None
+    if not (isinstance(variables, dict) and set(variables) == {"_direction"}):
+        return archive.contents
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as copy:
+        for name in archive.names:
+            if name != VARIABLES:
+                copy.writestr(name, archive.read(name))
+    return buffer.getvalue()
 
 
 def check_parameters(archive: Archive, path: Source, allow_non_finite: bool) -> None:

@@ -24,7 +24,15 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_trpo.arguments import Rule
 from sb3_trpo.errors import CorruptCheckpointError, MismatchError, Source, UntrustedFileError, WorkerError, name_of
 from sb3_trpo.rollouts.checks import EnvOutputCheck, kept_statistics
-from sb3_trpo.saving.archive import METADATA, Archive, Attributes, check_parameters, read_attributes, read_bytes
+from sb3_trpo.saving.archive import (
+    METADATA,
+    Archive,
+    Attributes,
+    check_parameters,
+    read_attributes,
+    read_bytes,
+    without_search_direction,
+)
 from sb3_trpo.saving.atomic import atomic_write
 from sb3_trpo.saving.env_state import StateUnavailableError, capture_all, capture_wrappers, restore_all, restore_wrappers
 from sb3_trpo.saving.random_state import random_state, set_random_state, unchanged_random_state
@@ -209,7 +217,7 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         with unchanged_random_state():
             try:
                 model = super().load(
-                    io.BytesIO(archive.contents),
+                    io.BytesIO(without_search_direction(archive)),
                     env,
                     device,
                     attributes.values,
