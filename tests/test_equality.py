@@ -202,9 +202,8 @@ class TestEquality:
         """Inside δ, along (F + λI)⁻¹ g, however F was multiplied and conjugate gradients preconditioned."""
         if not (row.updates and row.stays):
             pytest.skip("the policy changes with every call")
-        model = Run(row, row.algorithm.collect_rollouts, n_rollouts=1).model
-        model.cg_max_steps, model.cg_residual_tol, model.target_kl = 200, 1e-6, 1e-3
-        model._set_target_kl_schedule()
+        exact = {"cg_max_steps": 200, "cg_residual_tol": 1e-6, "target_kl": 1e-3}
+        model = Run(row, row.algorithm.collect_rollouts, n_rollouts=1, **exact).model
         model.policy.set_training_mode(False)
         rollout = model._read_rollout()
         actor, direction = dense_direction(model, rollout)

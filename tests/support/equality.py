@@ -1,6 +1,7 @@
 """Runs a row of the equality harness: through the package's loop, and through SB3's with the same actions."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack,
 from support.rows import BOX, READS, VECTOR, Reader, Wander, clone, listed
 
 from sb3_trpo import TRPO, MaskableTRPO, RecurrentTRPO
+from sb3_trpo.actions import raw_actions
 
 N_STEPS, N_ENVS, LIMIT = 40, 3, 5
 #: Algorithm ↦ the loop that it is compared with.
@@ -132,11 +134,14 @@ class Run:
     :param loop: collects them
     :param actions: to take in place of those that are sampled; None to sample
     :param n_rollouts: how many
+    :param changes: arguments of the algorithm, in place of the row's
     """
 
-    def __init__(self, row: Row, loop: Any, actions: list[np.ndarray] | None = None, n_rollouts: int = 2) -> None:
+    def __init__(
+        self, row: Row, loop: Any, actions: list[np.ndarray] | None = None, n_rollouts: int = 2, **changes: Any
+    ) -> None:
         # SB3 bootstraps with the observation after the reset where an environment writes into one array: no example to follow.
-        self.model = make_model(row, one_array=actions is None)
+        self.model = make_model(row, one_array=actions is None, **changes)
         self.watch, self.readers = Watch(), [Reader(READS[row.read])] if row.read else []
         changers = [] if row.change is None else [row.change()]
         # A reader before and one behind the callback that changes the policy: both find what the acting policy said.
@@ -148,7 +153,7 @@ class Run:
         callback.on_training_start({"total_timesteps": 10**6}, {})
         self.buffers = []
         th.manual_seed(5)
-        with Defaults(row):
+        with Defaults(row), raw_actions(self.model.policy) if actions is not None else nullcontext():
             for _ in range(n_rollouts):
                 assert loop(self.model, self.model.env, callback, self.model.rollout_buffer, self.model.n_steps)
                 self.buffers.append(contents(self.model.rollout_buffer))
