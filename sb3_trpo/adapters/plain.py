@@ -29,7 +29,10 @@ def remember(*classes: type) -> None:
     :param classes: classes as their libraries define them
     """
     for cls in classes:
-        _FUNCTIONS.setdefault(cls, {name: item for name, item in vars(cls).items() if isinstance(item, FunctionType)})
+        functions = {name: item for name, item in vars(cls).items() if isinstance(item, FunctionType)}
+        # Constructors and the like are left out: torch.compile itself patches those of nn.Module.
+        calls = {name: item for name, item in functions.items() if name == "__call__" or not name.startswith("__")}
+        _FUNCTIONS.setdefault(cls, calls)
 
 
 def is_of_library(cls: type) -> bool:

@@ -99,3 +99,9 @@ def test_is_plain_whatever_the_default_type_and_device(monkeypatch):
             assert is_plain(module)
     finally:
         th.set_default_dtype(th.float32)
+
+
+def test_is_plain_after_something_else_was_compiled():
+    """Which patches the constructor of all modules."""
+    th.compile(nn.Linear(2, 2), backend="eager")(th.ones(1, 2))
+    assert is_plain(make_module())
