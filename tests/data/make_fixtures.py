@@ -94,7 +94,7 @@ CASES: dict[str, Case] = {
     "discrete_observation": Case(TRPO, observation_space=spaces.Discrete(5), kinds=MODEL),
     "multi_binary_observation": Case(TRPO, observation_space=spaces.MultiBinary(4), kinds=MODEL),
     "dict": Case(TRPO, "MultiInputPolicy", DICT),
-    "cnn": Case(TRPO, "CnnPolicy", IMAGE, DISCRETE, SMALL_CNN),
+    "cnn": Case(TRPO, "CnnPolicy", IMAGE, BOX, SMALL_CNN),
     "gsde": Case(TRPO, kwargs={"use_sde": True, "sde_sample_freq": 4, **SMALL}),
     "tanh": Case(TRPO, kwargs={"action_bound": "tanh", **SMALL}, kinds=CHECKPOINT),
     "vec_normalize": Case(TRPO, wrap=VecNormalize),
@@ -111,7 +111,7 @@ CASES: dict[str, Case] = {
     "npg": Case(NPG),
     "npg_step_size": Case(NPG, action_space=DISCRETE, kwargs={"actor_step_size": 0.05, **SMALL}, kinds=MODEL),
     "recurrent": Case(RecurrentTRPO, "MlpLstmPolicy", kwargs=LSTM),
-    "recurrent_dict": Case(RecurrentTRPO, "MultiInputLstmPolicy", DICT, DISCRETE, LSTM, kinds=CHECKPOINT),
+    "recurrent_dict": Case(RecurrentTRPO, "MultiInputLstmPolicy", DICT, BOX, LSTM, kinds=CHECKPOINT),
     "maskable": Case(MaskableTRPO, action_space=DISCRETE),
     "maskable_dict": Case(MaskableTRPO, "MultiInputPolicy", DICT, MULTI_DISCRETE, kinds=MODEL),
     "maskable_multi_binary": Case(MaskableTRPO, action_space=MULTI_BINARY, kinds=MODEL),
@@ -140,14 +140,14 @@ class Wander(gym.Env):
         return self.observation_space.sample(), reward, draw < 0.05, draw > 0.95, {}
 
     def action_masks(self) -> np.ndarray:
-        """Forbid the first choice of every component."""
+        """Forbid the first choice of the first component."""
         if isinstance(self.action_space, spaces.MultiDiscrete):
             sizes = self.action_space.nvec.tolist()
         elif isinstance(self.action_space, spaces.MultiBinary):
             sizes = [2] * int(self.action_space.n)
         else:
             sizes = [int(self.action_space.n)]
-        return np.concatenate([np.arange(size) > 0 for size in sizes])
+        return np.arange(sum(sizes)) > 0
 
 
 def predict(model: BaseAlgorithm, observations: Any) -> np.ndarray:
