@@ -174,7 +174,8 @@ def _scalar(record: Record) -> Any:
 def _deque(record: Record) -> deque[Any]:
     _only(record, items=True)
     _check(len(record.args) <= 2, "a deque is damaged")
-    values, length = (*record.args, *((), None)[len(record.args) :])
+    values: Any = record.args[0] if record.args else ()
+    length: Any = record.args[1] if len(record.args) > 1 else None
     _check(isinstance(values, (tuple, list)), "a deque is damaged")
     _check(length is None or _is_size(length, 2**62), "the length of a deque is damaged")
     return deque([*values, *record.items], length)

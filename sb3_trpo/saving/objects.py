@@ -5,9 +5,9 @@ An attribute that is not in the list of its class is refused, so is one that is 
 
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from gymnasium import spaces
@@ -33,7 +33,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and -MAX_COUNT < value < MAX_COUNT
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and abs(int(value)) < MAX_COUNT
 
 
 def _is_count(value: Any) -> bool:
@@ -61,7 +61,7 @@ def _or_none(check: Check) -> Check:
 
 
 def _all(kind: type, check: Check) -> Check:
-    return lambda value: isinstance(value, kind) and all(map(check, value))
+    return lambda value: isinstance(value, kind) and all(check(each) for each in cast("Iterable[Any]", value))
 
 
 def _by_name(check: Check) -> Check:

@@ -116,8 +116,10 @@ class _FrozenMembers(list[Any]):
 
 #: Operations that push their own argument.
 SCALARS = frozenset(
-    "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT "
-    "SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8".split()
+    {
+        *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+        *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    }
 )
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 CONTAINERS: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": _Mapping, "EMPTY_SET": _Members}
@@ -225,7 +227,7 @@ class _Machine:
     def call(self, _: Any) -> None:
         function, arguments = self._pop(2)
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
-            raise RefusedError("a call of something that is not named")
+            raise RefusedError(f"a call of what the global {label(function)} gives")
         self._push(Record(function.name, arguments), CONTAINER_BYTES)
 
     def fill_in(self, _: Any) -> None:

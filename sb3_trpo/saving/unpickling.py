@@ -8,7 +8,6 @@ SB3, sb3-contrib, torch.nn or torch.optim may be named as a value.
 """
 
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +85,21 @@ class RestrictedUnpickler:
         """
         raise RefusedError("an object outside the file")
 
+    def find_value(self, name: str) -> Any:
+        """
+        Look up a class that a pickle may name as a value.
+
+        :param name: module and name
+        :return: the class
+        :raises RefusedError: it is of no kind that is allowed, or its module is not imported
+        """
+        module, _, attribute = name.rpartition(".")
+        if name.startswith(VALUE_MODULES) and module in sys.modules:
+            value = vars(sys.modules[module]).get(attribute)
+            if isinstance(value, type) and issubclass(value, VALUE_KINDS):
+                return value
+        raise RefusedError(f"the global {name[:200]}")
+
     def _make(self, node: Any) -> tuple[Any, int]:
         if node is None or isinstance(node, (bool, int, float)):
             return node, 1
@@ -108,7 +122,7 @@ class RestrictedUnpickler:
 
     def _make_object(self, node: Any) -> tuple[Any, int]:
         if isinstance(node, Global):
-            return _value(node.name), 1
+            return self.find_value(node.name), 1
         if isinstance(node, Reference):
             key, size = self._make(node.key)
             return self.persistent_load(key), size
@@ -158,18 +172,6 @@ def _checked_key(key: Any) -> Any:
     if type(key) not in HASHABLE or (isinstance(key, int) and key.bit_length() > MAX_KEY_BITS):
         raise RefusedError(f"{label(key)} as the key of a dictionary, or as the member of a set")
     return key
-
-
-def _value(full: str) -> Any:
-    """Look up a class that a pickle may name as a value."""
-    if full == "collections.OrderedDict":
-        return OrderedDict
-    module, _, name = full.rpartition(".")
-    if full.startswith(VALUE_MODULES) and module in sys.modules:
-        value = vars(sys.modules[module]).get(name)
-        if isinstance(value, type) and issubclass(value, VALUE_KINDS):
-            return value
-    raise RefusedError(f"the global {full[:200]}")
 
 
 def restricted_loads(data: bytes, budget: Budget | None = None) -> Any:
