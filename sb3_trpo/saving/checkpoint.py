@@ -301,8 +301,10 @@ class SavedAlgorithm(OnPolicyAlgorithm):
     def _restore(self, state: dict[str, Any], trust: bool) -> None:
         assert self.env is not None
         self._restore_counters(state)
+        if state["action_space"] != self.action_space:
+            raise MismatchError("the checkpoint has another action space than its own model")
         self.action_space = state["action_space"]
-        vars(self).update(state["place"])
+        vars(self).update({name: state["place"][name] for name in PLACE})
         if self._last_obs is None or len(self._last_episode_starts) != self.env.num_envs:  # type: ignore[arg-type]
             saved = "none" if self._last_obs is None else len(self._last_episode_starts)  # type: ignore[arg-type]
             raise MismatchError(f"env has {self.env.num_envs} environments, the checkpoint {saved}")

@@ -137,7 +137,8 @@ def _read_entry(archive: Archive, path: Source, caller: str, name: str, entry: d
             f"{call} puts an object of your own in the entry's place; "
             "if you know where the file is from, trust=True loads it as SB3 does"
         )
-        raise UntrustedFileError(path, name, error.what, remedy) from None
+        code = "code, that is a function or a class that is not imported by name: " if "cloudpickle" in error.what else ""
+        raise UntrustedFileError(path, name, code + error.what, remedy) from None
     except Exception as error:
         what = f"its entry {short(name, 100)} is damaged ({type(error).__name__}: {short(error)})"
         raise CorruptCheckpointError(path, "data", what) from error
@@ -418,9 +419,13 @@ def build_model(cls: Any, file: ModelFile, env: VecEnv | None, device: Any, forc
         _check_networks(cls, file, values)
     vars(model).update(values)
     model._setup_model()
+    needed, variables = model._get_torch_save_params()
+    if file.parameters.keys() != set(needed):
+        what = f"it has parameters of {[short(name, 50) for name in file.parameters][:10]}, and the model has {needed}"
+        raise CorruptCheckpointError(file.path, None, what)
     model.set_parameters(file.parameters, exact_match=True, device=device)
     for name, tensor in file.variables.items():
-        if name in model._get_torch_save_params()[1]:
+        if name in variables:
             getattr(model, name).data = tensor.to(model.device)
     if model.use_sde:
         model.policy.reset_noise()
