@@ -53,10 +53,7 @@ SIGNATURE_ATTRIBUTES = {
 #: Attributes that are made anew from others when a model is set up.
 DERIVED = ("lr_schedule", "_target_kl_schedule")
 #: Attributes that a model has beside those that its constructor sets without an environment.
-LATER = {
-    *("observation_space", "action_space", "n_envs", *DERIVED),
-    *("_iterations_before", "_iteration", "_pending_log", "_failed_updates"),
-}
+LATER = {"observation_space", "action_space", "n_envs", *DERIVED}
 VARIABLES = "pytorch_variables.pth"
 #: A rollout buffer of more bytes than this needs ``trust``, or an ``n_steps`` of the user's.
 MAX_BUFFER_BYTES = 2**32
@@ -350,12 +347,21 @@ class _StayOnMeta(TorchFunctionMode):
 
 def allowed_attributes(model: OnPolicyAlgorithm) -> set[str]:
     """
-    Names of the attributes that a file may set: those that the constructor sets, and that ``save`` does not leave out.
+    Names of the attributes that a file may set.
+
+    They are those that the constructor sets, or whose default (a number, a text, None) stands in the class, and that ``save``
+    does not leave out.
 
     :param model: a model that is not set up yet
     :return: the names
     """
-    return (vars(model).keys() | LATER) - {*model._excluded_save_params(), "tensorboard_log"}
+    defaults = {
+        name
+        for base in type(model).__mro__
+        for name, value in vars(base).items()
+        if _is_plain(name) and isinstance(value, (bool, int, float, str, type(None)))
+    }
+    return (vars(model).keys() | defaults | LATER) - {*model._excluded_save_params(), "tensorboard_log"}
 
 
 def _own_values(model: OnPolicyAlgorithm, file: ModelFile) -> dict[str, Any]:
