@@ -19,7 +19,7 @@ from gymnasium.utils import EzPickle
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from sb3_trpo.errors import MismatchError
-from sb3_trpo.saving.unpickling import RestrictedUnpickler
+from sb3_trpo.saving.unpickling import RefusedError, RestrictedUnpickler
 
 #: Attributes that hold no state: what is inside, what the environment was made from, what it is shown and logged with.
 CONSTANTS = {
@@ -234,9 +234,19 @@ def _restore(layers: list[Any], contents: bytes, trust: bool) -> None:
         if "state" in state:
             layer.set_state(state["state"])
             continue
+        if not trust:
+            _check_names(layer, state["values"])
         vars(layer).update(state["values"])
         for name, arrays in state["physics"].items():
             _set_arrays(vars(layer)[name], arrays)
+
+
+def _check_names(layer: Any, values: dict[str, Any]) -> None:
+    """Refuse to set what is a method or property of the class, or private to Python."""
+    for name in values:
+        hidden = isinstance(getattr(type(layer), name, None), (*CODE, property)) and name not in vars(layer)
+        if hidden or not name.isidentifier() or (name.startswith("__") and name.endswith("__")):
+            raise RefusedError(f"the attribute {name[:100]!r} of {_class_name(layer)}")
 
 
 def _arrays(data: Any) -> dict[str, Any]:
