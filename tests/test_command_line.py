@@ -190,7 +190,7 @@ def test_the_zoos_own_algorithms_and_plots_are_there(run: Run) -> None:
         ("train --env CartPole-v1 --trained-agent no.zip", "The trained_agent must be a valid path"),
         ("train --algo tpro --env CartPole-v1", "--algo tpro: unknown algorithm; did you mean 'trpo'? (known: a2c, ars, "),
         ("enjoy --env CartPole-v1", "no model of trpo on CartPole-v1 in logs/trpo: train one first"),
-        ("enjoy --env CartPole-v1 --exp-id -1", "No model found for trpo on CartPole-v1"),
+        ("enjoy --env CartPole-v1 --exp-id -1", "The logs/trpo folder was not found"),
         ("record-video --env CartPole-v1", "no model of trpo on CartPole-v1 in logs/trpo: train one first"),
         ("gif no.mp4", "no.mp4: no such video"),
         ("plot .", "no results there"),
