@@ -23,7 +23,7 @@ from typing import Any
 CASES: dict[str, dict[str, Any]] = {
     "mlp_64": {"net_arch": [64, 64], "n_steps": 1024},
     "mlp_256": {"net_arch": [256, 256], "n_steps": 1024},
-    "cnn": {"images": True, "n_steps": 128},
+    "cnn": {"images": True, "n_steps": 64},
 }
 N_ENVS = 2
 
@@ -69,7 +69,7 @@ def run(case: str, threads: int, n_updates: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=4, help="timed updates of a run")
+    parser.add_argument("--updates", type=int, default=2, help="timed updates of a run")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, 2, os.cpu_count() or 1}))
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--worker", choices=CASES, help=argparse.SUPPRESS)
@@ -90,8 +90,9 @@ def main() -> None:
             rows.setdefault(case, {})[threads] = {key: round(value, 3) for key, value in row.items()}
             speed, cpu = row["steps_per_second"], row["cpu_seconds"]
             print(f"{case:10}{threads:3} threads{speed:10,.0f} steps/s{cpu:8.2f} CPU s, load {row['load_before']:.1f}", flush=True)
-    machine = {"cores": os.cpu_count(), "python": platform.python_version()}
-    args.out.write_text(json.dumps({"machine": machine, "rounds": args.rounds, "cases": rows}, indent=1) + "\n", encoding="utf-8")
+        machine = {"cores": os.cpu_count(), "python": platform.python_version()}
+        result = {"machine": machine, "rounds": args.rounds, "cases": rows}
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
