@@ -10,8 +10,22 @@ from torch import nn
 
 #: Environment variables by which a user, or ``torchrun``, sets the number.
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-#: torch's own choice: what it reports before anyone calls ``torch.set_num_threads``.
-_DEFAULT = th.get_num_threads()
+
+
+def default_threads(current: int, n_cpus: int) -> int | None:
+    """
+    Recognize torch's own choice, which is the number of logical or of physical cores.
+
+    :param current: the number now
+    :param n_cpus: logical cores that this process may use
+    :return: ``current``, or None if the user must have set it
+    """
+    return current if current in (n_cpus, (n_cpus + 1) // 2) else None
+
+
+_N_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+#: What torch reports before anyone calls ``torch.set_num_threads``; None if that was before this import.
+_DEFAULT = default_threads(th.get_num_threads(), _N_CPUS)
 
 
 class ThreadChoice(NamedTuple):

@@ -5,14 +5,14 @@ import torch as th
 from torch import nn
 
 from sb3_trpo import threads
-from sb3_trpo.threads import choose_threads, training_threads
+from sb3_trpo.threads import choose_threads, default_threads, training_threads
 
 MLP = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2))
 CNN = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
 
 
 @pytest.fixture(autouse=True)
-def default_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A machine on which torch takes three threads, with no variable set."""
     for name in threads.VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -55,3 +55,15 @@ def test_training_threads_is_reentrant() -> None:
     with training_threads(MLP), training_threads(MLP) as inner:
         assert inner.number == 1
     assert th.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("current", "n_cpus", "default"), [(16, 16, 16), (8, 16, 8), (4, 16, None), (1, 1, 1), (1, 2, 1), (3, 16, None)]
+)
+def test_default_threads_is_the_number_of_cores(current: int, n_cpus: int, default: int | None) -> None:
+    assert default_threads(current, n_cpus) == default
+
+
+def test_choose_threads_keeps_a_number_set_before_the_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_DEFAULT", None)
+    assert choose_threads(MLP).number == 3
