@@ -28,7 +28,7 @@ def draw_kl(axes: Axes) -> None:
             x, y = [row["update"] for row in rows], [row["joint_kl"] / target for row in rows]
             axes.plot(x, y, marker=marker, ms=6, lw=1.5, color=color)
             if name == "sb3_contrib":
-                axes.annotate(env, (x[-1], y[-1]), xytext=(0, 8), textcoords="offset points", ha="right", fontsize=9)
+                axes.annotate(env, (x[0], y[0]), xytext=(10, 2), textcoords="offset points", fontsize=9)
     axes.axhline(1.0, color="black", ls="--", lw=1.2)
     axes.annotate("δ = target_kl", (updates, 1.0), xytext=(0, 5), textcoords="offset points", ha="right", fontsize=9)
     axes.set(xlabel="update", ylabel="joint KL / δ", ylim=(0, None), xticks=range(1, updates + 1))
@@ -48,7 +48,7 @@ def draw_speed(axes: Axes) -> None:
             f"{ours / theirs:.1f}×", (place - 0.2, ours), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=10
         )
     axes.set_xticks(range(len(SCENARIOS)), SCENARIOS.values())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
     axes.set(ylabel="steps per second, updates included")
     axes.margins(y=0.12)
     axes.set_title("Faster on the same core")
