@@ -22,7 +22,7 @@ help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
 
 demo: $(VENV)/.installed-demo ## train TRPO on CartPole, evaluate, save, load, draw the learning curve
-	$(BIN)/python -m sb3_trpo.demo --out $(DEMO_OUT)
+	$(BIN)/python examples/demo.py --out $(DEMO_OUT)
 
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed-dev ## run all tests, with the coverage gate of pyproject.toml

@@ -1,7 +1,7 @@
 """
 TRPO on CartPole: train until solved, evaluate, save, load back, draw the learning curve.
 
-Run it with ``make demo``, or with ``python -m sb3_trpo.demo`` where the extra ``demo`` is installed.
+Run it with ``make demo``, or with ``python examples/demo.py`` where the extra ``demo`` is installed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     :param argv: the arguments, those of the process if ``None``
     :return: ``out`` (a path), ``timesteps`` and ``seed``
     """
-    parser = argparse.ArgumentParser(prog="python -m sb3_trpo.demo", description=f"Train TRPO on {ENV_ID} until it is solved.")
+    parser = argparse.ArgumentParser(description=f"Train TRPO on {ENV_ID} until it is solved.")
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the model and the picture")
     parser.add_argument("--timesteps", type=int, default=200_000, help="train for no more environment steps than this")
     parser.add_argument("--seed", type=int, default=7)
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     missing = [name for name in ("matplotlib", "rich", "tqdm") if find_spec(name) is None]
     if missing:
-        print(f"The demo also needs {', '.join(missing)}: pip install 'sb3_trpo[demo]'", file=sys.stderr)
+        print(f"The demo also needs {', '.join(missing)}: pip install '.[demo]'", file=sys.stderr)
         return 1
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
