@@ -209,6 +209,13 @@ def _byte_array(record: Record) -> bytearray:
     return bytearray(*record.args)
 
 
+def _encoded(record: Record) -> bytes:
+    """Make the bytes of protocol 2, which torch writes."""
+    _only(record)
+    _check(len(record.args) == 2 and type(record.args[0]) is str and record.args[1] == "latin1", "bytes are damaged")
+    return record.args[0].encode("latin1")
+
+
 def _complex(record: Record) -> complex:
     _only(record)
     _check(len(record.args) == 2 and all(type(part) in (float, int) for part in record.args), "a number is damaged")
@@ -321,6 +328,7 @@ CONSTRUCTORS: dict[str, Callable[[Record], Any]] = {
     "builtins.set": _members(set),
     "builtins.frozenset": _members(frozenset),
     "builtins.bytearray": _byte_array,
+    "_codecs.encode": _encoded,
     "builtins.complex": _complex,
     "builtins.slice": _slice,
     **dict.fromkeys(CLASSES, make_object),

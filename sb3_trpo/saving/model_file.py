@@ -20,7 +20,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import (
     ConstantSchedule,
@@ -206,7 +206,7 @@ def _are_keywords(value: Any) -> bool:
 
 #: What an attribute from a file may be, beside the rules for arguments.
 RULES: dict[str, Callable[[Any], bool]] = {
-    "policy_class": _is_class(ActorCriticPolicy),
+    "policy_class": _is_class(BasePolicy),
     "policy_kwargs": _are_policy_kwargs,
     "rollout_buffer_class": lambda value: value is None or _is_class(RolloutBuffer)(value),
     "rollout_buffer_kwargs": _are_keywords,

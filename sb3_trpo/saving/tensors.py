@@ -81,7 +81,7 @@ TENSOR_CONSTRUCTORS = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "collections.OrderedDict": _state_dict,
-    **{name: CONSTRUCTORS[name] for name in ("numpy.dtype", "numpy._core.multiarray.scalar")},
+    **{name: CONSTRUCTORS[name] for name in ("numpy.dtype", "numpy._core.multiarray.scalar", "_codecs.encode")},
 }
 
 

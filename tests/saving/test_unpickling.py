@@ -303,7 +303,7 @@ def test_restricted_loads_makes_no_object_of_a_refused_pickle(monkeypatch: pytes
 def test_restricted_loads_spends_one_budget_on_a_file() -> None:
     budget, contents = Budget(0), pickle.dumps([[] for _ in range(10_000)])
     restricted_loads(contents, budget)
-    budget.spend(MAX_MEMORY // 2 + MAX_MEMORY // 3)
+    budget.spend(3 * MAX_MEMORY // 4)
     with pytest.raises(RefusedError, match="memory"):
         restricted_loads(contents, budget)
 
