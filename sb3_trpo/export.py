@@ -78,7 +78,7 @@ class _Deterministic(nn.Module):
         policy = self._policy
         keyed = {name: self._normalize(name, obs) for name, obs in zip(self._names, observations, strict=True)}
         inputs = keyed if isinstance(policy.observation_space, spaces.Dict) else keyed["observation"]
-        actions = policy.get_distribution(inputs).mode()
+        actions = policy._predict(inputs, deterministic=True)
         space = policy.action_space
         if not isinstance(space, spaces.Box):
             return actions

@@ -209,7 +209,7 @@ class MaskableTRPO(TRPO):
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 1,
-        tb_log_name: str = "MaskableTRPO",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         use_masking: bool = True,
         progress_bar: bool = False,
@@ -220,7 +220,7 @@ class MaskableTRPO(TRPO):
         :param total_timesteps: as :class:`TRPO`
         :param callback: as :class:`TRPO`
         :param log_interval: as :class:`TRPO`
-        :param tb_log_name: name of the run in TensorBoard
+        :param tb_log_name: as :class:`TRPO`
         :param reset_num_timesteps: as :class:`TRPO`
         :param use_masking: whether to mask invalid actions while collecting
         :param progress_bar: as :class:`TRPO`

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -18,19 +18,18 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_trpo.adapters.sequences import LstmStates, lstm_states, read_sequences, without_cudnn
 from sb3_trpo.arguments import Rule, one_of
+from sb3_trpo.constructors import takes_arguments_of
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.rollouts.collect import Truncation, bootstrap, stack_observations
 from sb3_trpo.rollouts.samplers import ActionSampler, Observations
 from sb3_trpo.trpo import TRPO
-
-SelfRecurrentTRPO = TypeVar("SelfRecurrentTRPO", bound="RecurrentTRPO")
 
 MlpLstmPolicy = RecurrentActorCriticPolicy
 
@@ -95,6 +94,7 @@ class RecurrentTRPO(TRPO):
     policy: RecurrentActorCriticPolicy
     rollout_buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer
 
+    @takes_arguments_of(TRPO.__init__)
     def __init__(
         self,
         policy: str | type[RecurrentActorCriticPolicy],
@@ -228,25 +228,3 @@ class RecurrentTRPO(TRPO):
         super()._restore(state, trust)
         hidden_pi, cell_pi, hidden_vf, cell_vf = (th.as_tensor(array, device=self.device) for array in state["lstm_states"])
         self._last_lstm_states = self._next_lstm_states = RNNStates((hidden_pi, cell_pi), (hidden_vf, cell_vf))
-
-    def learn(
-        self: SelfRecurrentTRPO,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "RecurrentTRPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfRecurrentTRPO:
-        """
-        Train.
-
-        :param total_timesteps: as :class:`TRPO`
-        :param callback: as :class:`TRPO`
-        :param log_interval: as :class:`TRPO`
-        :param tb_log_name: name of the run in TensorBoard
-        :param reset_num_timesteps: as :class:`TRPO`
-        :param progress_bar: as :class:`TRPO`
-        :return: the model
-        """
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

@@ -20,6 +20,8 @@ IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
 CASES: dict[str, tuple[spaces.Space, spaces.Space, dict[str, Any]]] = {
     "box": (BOX, spaces.Box(-0.1, 0.2, (2, 2)), {}),
     "gsde_squashed": (BOX, spaces.Box(-3.0, 1.0, (2,)), {"use_sde": True, "policy_kwargs": {"squash_output": True}}),
+    "tanh": (BOX, spaces.Box(-0.1, 0.2, (2, 2)), {"action_bound": "tanh"}),
+    "clip": (BOX, spaces.Box(-0.1, 0.2, (2,)), {"action_bound": "clip"}),
     "discrete": (spaces.Discrete(5), spaces.Discrete(4), {}),
     "multi_discrete": (spaces.MultiDiscrete([3, 2]), spaces.MultiDiscrete([2, 5]), {}),
     "multi_binary": (BOX, spaces.MultiBinary(4), {}),

@@ -440,7 +440,7 @@ class TestUpdate:
             {"critic_method": "minibatch"},
             {"cg_preconditioner": None, "sub_sampling_factor": 3},
             {"policy_batch_size": 10, "n_policy_updates": 2, "ent_coef": 0.01},
-            {"return_scaling": True, "cg_warm_start": True},
+            {"return_scaling": True},
             {"target_kl": 0.5, "line_search_max_iter": 30},
         ],
         ids=str,

@@ -15,6 +15,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
+from sb3_trpo.arguments import one_of
 from sb3_trpo.distributed.moments import merged
 from sb3_trpo.distributed.process_group import SINGLE_PROCESS, ProcessGroup, RankInfo, detect_rank, join
 from sb3_trpo.errors import MismatchError, RankError, Source
@@ -52,7 +53,8 @@ class DistributedAlgorithm(SavedAlgorithm):
     callbacks are left out but for those whose attribute ``on_every_rank`` is True.
     """
 
-    #: Whether this process is one of several; None to find out, as under ``torchrun``.
+    #: Whether to train together with the other processes that ``torchrun`` started: True if there must be some, False for
+    #: none, None for those there are.
     distributed: bool | None = None
     #: Seconds that a process waits for the others before the training ends with an error.
     rank_timeout: float = 1800.0
@@ -62,7 +64,7 @@ class DistributedAlgorithm(SavedAlgorithm):
 
     @property
     def _place(self) -> RankInfo:
-        return detect_rank(self.distributed)
+        return detect_rank(one_of(True, False, None).check("distributed", self.distributed))
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -103,7 +105,7 @@ class DistributedAlgorithm(SavedAlgorithm):
 
     def _check_agreement(self, total_timesteps: int) -> None:
         """Raise an error if something that has to be the same in all processes is not."""
-        named = {name: getattr(self, name) for name in self.argument_rules if name != "distributed"}
+        named = {name: getattr(self, name) for name in self.argument_rules}
         arguments = {name: "a schedule" if callable(value) else value for name, value in named.items()}
         shapes = [tuple(tensor.shape) for tensor in self.policy.state_dict().values()]
         own = {"algorithm": self.algorithm(), **arguments, "total_timesteps": total_timesteps, "shapes of the policy": shapes}

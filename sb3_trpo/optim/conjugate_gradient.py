@@ -38,21 +38,20 @@ class CGResult(NamedTuple):
 
 
 def conjugate_gradient(
-    A: LinearMap, b: th.Tensor, *, max_iter: int, rtol: float = 0.0, M: LinearMap | None = None, x0: th.Tensor | None = None
+    A: LinearMap, b: th.Tensor, *, max_iter: int, rtol: float = 0.0, M: LinearMap | None = None
 ) -> CGResult:
     """
-    Solve A x = b by (preconditioned) conjugate gradients, from x = 0, or from the multiple of ``x0`` that gains most.
+    Solve A x = b by (preconditioned) conjugate gradients, from x = 0.
 
     Stops as soon as ‖r‖_M ≤ rtol·‖b‖_M, where r = b − A x and ‖r‖_M = √(rᵀ M r). The iterates grow the quadratic gain
-    bᵀx − ½xᵀAx, which is not below 0 at either start, monotonically, so that every one of them is an ascent direction of
-    bᵀx. Source: Nocedal & Wright, Numerical Optimization, algorithm 5.3.
+    bᵀx − ½xᵀAx monotonically from 0, so that every one of them is an ascent
+    direction of bᵀx. Source: Nocedal & Wright, Numerical Optimization, algorithm 5.3.
 
     :param A: v ↦ A v, symmetric positive definite
     :param b: right-hand side, shape ``(n,)``
     :param max_iter: bound on the number of products with A
     :param rtol: relative tolerance on the residual
     :param M: v ↦ M v with M ≈ A⁻¹, symmetric positive definite; None for the identity
-    :param x0: a guess at the direction of the solution, shape ``(n,)``; it costs one product
     :return: the solution, with the reason for stopping
     """
     x, r, iterations = th.zeros_like(b), b.clone(), 0
@@ -64,17 +63,6 @@ def conjugate_gradient(
     if not rz_start > 0.0 or rz_start == math.inf:
         status = CGStatus.NONPOSITIVE_CURVATURE if rz_start <= 0.0 else CGStatus.NOT_FINITE
         return CGResult(x, status, 0, 1.0, 0.0)
-    if x0 is not None:
-        Ax0 = A(x0)
-        curvature = x0.dot(Ax0)
-        length = b.dot(x0) / curvature
-        if curvature > 0.0 and math.isfinite(length):
-            r = b - length * Ax0
-            z = r if M is None else M(r)
-            rz = r.dot(z)
-            if not math.isfinite(rz):
-                return CGResult(x, CGStatus.NOT_FINITE, 0, 1.0, 0.0)
-            x, iterations = length * x0, 1
 
     p = z
     status, residual = CGStatus.CONVERGED, math.sqrt(max(float(rz), 0.0) / rz_start)

@@ -15,6 +15,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.utils import obs_as_tensor
 
+from sb3_trpo.actions import BoundedActionPolicy
 from sb3_trpo.optim.batch import ARRAY_BUFFERS, RolloutBatch
 from sb3_trpo.rollouts.advantages import generalized_advantages
 from sb3_trpo.rollouts.samplers import Observations
@@ -42,7 +43,7 @@ def supports_deferred_evaluation(policy: BasePolicy, buffer: RolloutBuffer) -> b
     :param buffer: the buffer; a class of the user's own must be filled by its own methods
     :return: True for SB3's policies and buffers, and policies that change nothing but networks or distributions
     """
-    usual = (ActorCriticPolicy.forward, MaskableActorCriticPolicy.forward)
+    usual = (ActorCriticPolicy.forward, BoundedActionPolicy.forward, MaskableActorCriticPolicy.forward)
     own_forward = "forward" in vars(policy) or type(policy).forward not in usual
     return type(buffer) in ARRAY_BUFFERS and not own_forward
 

@@ -50,6 +50,8 @@ SIGNATURE_ATTRIBUTES = {
     "cg_max_steps": "TRPO",
     "gae_lambda": "A2C",
 }
+#: Attributes that earlier versions of this package saved and that nothing reads any more.
+RETIRED = ("cg_warm_start", "critic_cg_max_steps", "critic_cg_residual_tol", "distributed", "_direction")
 #: Attributes that are made anew from others when a model is set up.
 DERIVED = ("lr_schedule", "_target_kl_schedule")
 #: Attributes that a model has beside those that its constructor sets without an environment.
@@ -110,7 +112,7 @@ def read_model_file(
     entries = archive.read_json("data")
     values = dict(replaced)
     for name, entry in entries.items():
-        if name in replaced:
+        if name in replaced or name in RETIRED:
             continue
         if not (isinstance(entry, dict) and ":serialized:" in entry):
             values[name] = entry

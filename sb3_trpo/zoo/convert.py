@@ -15,25 +15,10 @@ from typing import Any
 import gymnasium as gym
 import yaml
 from gymnasium import spaces
-from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_trpo.errors import UsageError, did_you_mean
+from sb3_trpo.saving.sb3_contrib import CONTRIB_DEFAULTS, MINIBATCH_ARGUMENTS, joint_kl_arguments
 from sb3_trpo.zoo.hyperparameters import read
-
-#: sb3-contrib's defaults of what refers to its KL.
-THEIR_DEFAULTS = {"target_kl": 0.01, "cg_damping": 0.1}
-#: Arguments of the minibatch critic, which is not our default.
-MINIBATCH_CRITIC = ("learning_rate", "batch_size", "n_critic_updates")
-
-
-def kl_dimensions(action_space: spaces.Space[Any]) -> int:
-    """
-    Find by how much sb3-contrib's KL is smaller than the joint one.
-
-    :param action_space: the environment's
-    :return: dimensions of Box and MultiBinary, over which it is averaged; 1 for the others
-    """
-    return get_action_dim(action_space) if isinstance(action_space, spaces.Box | spaces.MultiBinary) else 1
 
 
 def convert(
@@ -49,18 +34,13 @@ def convert(
     :return: arguments of our TRPO; ``target_kl`` and ``cg_damping`` are always there where the action space is known,
         since sb3-contrib's defaults are others
     """
-    dropped = () if keep_critic else MINIBATCH_CRITIC
-    converted = {name: value for name, value in arguments.items() if name not in {*dropped, *THEIR_DEFAULTS}}
+    dropped = () if keep_critic else MINIBATCH_ARGUMENTS
+    converted = {name: value for name, value in arguments.items() if name not in {*dropped, *CONTRIB_DEFAULTS}}
     if action_space is not None:
-        d = kl_dimensions(action_space)
-        converted |= {name: _times(arguments.get(name, default), d) for name, default in THEIR_DEFAULTS.items()}
+        converted |= joint_kl_arguments(arguments, action_space)
     if keep_critic:
         converted["critic_method"] = "minibatch"
     return converted
-
-
-def _times(value: float, d: int) -> float:
-    return float(f"{value * d:.12g}")  # 0.1 * 3 is 0.3, not 0.30000000000000004
 
 
 def action_space_of(env_id: str, entry: Mapping[str, Any]) -> spaces.Space[Any]:

@@ -165,7 +165,7 @@ def test_noise_and_the_other_critic_are_resumed(kwargs: dict[str, Any], tmp_path
     ("algorithm", "policy", "env_id", "kwargs"),
     [
         (NPG, "MlpPolicy", "Pendulum-v1", {"actor_step_size": 0.1}),
-        (TRPO, "MlpPolicy", "Pendulum-v1", {"cg_warm_start": True, "return_scaling": True, "policy_batch_size": 20}),
+        (TRPO, "MlpPolicy", "Pendulum-v1", {"return_scaling": True, "policy_batch_size": 20}),
         (RecurrentTRPO, "MlpLstmPolicy", "Pendulum-v1", {}),
         (MaskableTRPO, "MlpPolicy", lambda: InvalidActionEnvDiscrete(8, n_invalid_actions=3), {}),
     ],
