@@ -32,7 +32,6 @@ def measure(case: str, n_updates: int) -> dict[str, float]:
     """Train in this process, after one rollout for warm-up."""
     import numpy as np
     import torch as th
-    from gymnasium import spaces
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.envs import FakeImageEnv
     from stable_baselines3.common.vec_env import DummyVecEnv
@@ -42,7 +41,7 @@ def measure(case: str, n_updates: int) -> dict[str, float]:
     settings = CASES[case]
     if settings.get("images"):
         env = DummyVecEnv([lambda: FakeImageEnv(action_dim=4, screen_height=84, screen_width=84, n_channels=4)] * N_ENVS)
-        assert isinstance(env.observation_space, spaces.Box) and env.observation_space.dtype == np.uint8
+        assert env.observation_space.dtype == np.uint8
         policy, policy_kwargs = "CnnPolicy", {}
     else:
         env = make_vec_env("HalfCheetah-v5", N_ENVS, seed=0)
@@ -89,7 +88,10 @@ def main() -> None:
             row = {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
             rows.setdefault(case, {})[threads] = {key: round(value, 3) for key, value in row.items()}
             speed, cpu = row["steps_per_second"], row["cpu_seconds"]
-            print(f"{case:10}{threads:3} threads{speed:10,.0f} steps/s{cpu:8.2f} CPU s, load {row['load_before']:.1f}", flush=True)
+            print(
+                f"{case:10}{threads:3} threads{speed:10,.0f} steps/s{cpu:8.2f} CPU s, load {row['load_before']:.1f}",
+                flush=True,
+            )
         machine = {"cores": os.cpu_count(), "python": platform.python_version()}
         result = {"machine": machine, "rounds": args.rounds, "cases": rows}
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
