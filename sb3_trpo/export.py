@@ -34,8 +34,8 @@ def export_onnx(model: SavedAlgorithm, path: str | pathlib.Path) -> None:
     policy: ActorCriticPolicy = model.policy
     if isinstance(policy, RecurrentActorCriticPolicy):
         raise ValueError(
-            f"model={type(model).__name__} is not allowed: export_onnx writes a function of single observations, and the actions "
-            "of a recurrent policy depend on earlier ones too"
+            f"model={type(model).__name__} is not allowed: an ONNX file maps single observations to actions, and a recurrent "
+            "policy also needs the observations before"
         )
     try:
         importlib.import_module("onnxscript")
