@@ -70,7 +70,6 @@ from sb3_trpo.rollouts.checks import EnvOutputCheck, checked_steps, keeps_statis
 from sb3_trpo.rollouts.collect import Truncation, evaluate_rollout, find_truncations, supports_deferred_evaluation, write_step
 from sb3_trpo.rollouts.fast_step import fast_step_fn
 from sb3_trpo.rollouts.samplers import ActionSampler, Observations, action_transform, make_sampler
-from sb3_trpo.saving.archive import Attributes
 
 IMAGE_CHUNK = 256  # states in one forward pass where max_batch_size leaves it open: some 100 MB with NatureCNN
 
@@ -739,8 +738,8 @@ class TRPO(DistributedAlgorithm):
         """
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
-    def _loaded(self, attributes: Attributes, keep: set[str]) -> None:
-        if "kl_is_joint" not in attributes.names:
+    def _loaded(self, names: set[str], keep: set[str]) -> None:
+        if "kl_is_joint" not in names:
             self._convert_kl(keep)
 
     def _convert_kl(self, keep: set[str]) -> None:

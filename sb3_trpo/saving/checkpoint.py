@@ -1,8 +1,6 @@
 """Saving, safe loading and exact resumption."""
 
-import difflib
 import functools
-import inspect
 import io
 import json
 import pathlib
@@ -15,14 +13,11 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.save_util import data_to_json
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import check_for_correct_spaces
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo.arguments import Rule
 from sb3_trpo.errors import (
@@ -34,12 +29,23 @@ from sb3_trpo.errors import (
     UsageError,
     WorkerError,
     name_of,
+    short,
 )
 from sb3_trpo.rollouts.checks import EnvOutputCheck, kept_statistics
-from sb3_trpo.saving.archive import METADATA, Archive, Attributes, check_parameters, read_attributes, read_bytes
+from sb3_trpo.saving.archive import METADATA, Archive, read_bytes
 from sb3_trpo.saving.atomic import atomic_write
 from sb3_trpo.saving.env_state import StateUnavailableError
 from sb3_trpo.saving.layout import strides_of, with_strides
+from sb3_trpo.saving.model_file import (
+    build_model,
+    check_algorithm,
+    check_keywords,
+    check_parameters,
+    check_spaces,
+    check_values,
+    print_versions,
+    read_model_file,
+)
 from sb3_trpo.saving.random_state import set_random_state, unchanged_random_state
 from sb3_trpo.saving.random_streams import CallbackStream, isolated
 from sb3_trpo.saving.signals import release_signals
@@ -57,18 +63,6 @@ from sb3_trpo.saving.vec_normalize import (
 RESUME = "sb3_trpo_resume.pkl"
 #: Attributes that each process has of its own: the present step of its environments.
 PER_RANK_ATTRIBUTES = ("_last_obs", "_last_original_obs", "_last_episode_starts")
-#: An attribute that tells the algorithm of a file by SB3 or sb3-contrib, which do not name it; the first that is present.
-SIGNATURE_ATTRIBUTES = {
-    "top_quantiles_to_drop_per_net": "TQC",
-    "delta_std": "ARS",
-    "exploration_fraction": "DQN",
-    "target_policy_noise": "TD3",
-    "target_entropy": "SAC",
-    "clip_range": "PPO",
-    "cg_max_steps": "TRPO",
-    "gae_lambda": "A2C",
-}
-
 SelfSaved = TypeVar("SelfSaved", bound="SavedAlgorithm")
 
 
@@ -241,7 +235,8 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         :param custom_objects: attribute name ↦ object to use instead of the saved one
         :param print_system_info: print the versions that saved the file, and the present ones
         :param force_reset: reset the environment before training goes on
-        :param trust: read a file with entries of any class, which may run code of the file's author
+        :param trust: read a file with entries of any class, which may run code of the file's author, and use its
+            ``tensorboard_log``
         :param allow_non_finite: load parameters that hold a NaN or an infinity
         :param kwargs: attributes to change, by name
         :return: the model
@@ -252,69 +247,42 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         :raises MismatchError: the environment has other spaces than the model
         :raises ValueError: the file holds a model of another algorithm
         """
+        replaced = dict(custom_objects or {})
         archive = Archive(read_bytes(path), path)
-        attributes = read_attributes(archive, path, dict(custom_objects or {}), trust)
-        about = archive.read_json(METADATA) if METADATA in archive.names else {}
-        cls._check_algorithm(attributes.names, about, path)
-        cls._check_names(kwargs, attributes.names)
-        cls._check_values(attributes.values, {*kwargs, *(custom_objects or ())}, path)
-        check_parameters(archive, path, allow_non_finite)
+        file = read_model_file(archive, path, cls.__name__, replaced, kwargs, trust)
+        check_algorithm(file, cls.algorithm())
+        check_keywords(cls, kwargs, file.names)
+        check_values(file, cls.argument_rules)
+        if not allow_non_finite:
+            check_parameters(file)
+        if print_system_info:
+            print_versions(archive)
         if env is not None:
             env = cls._wrap_env(maybe_make_env(env, 0))
-            _check_spaces(env, attributes)
+            check_spaces(env, file.values)
         with unchanged_random_state():
             try:
-                model = super().load(
-                    io.BytesIO(archive.contents),
-                    env,
-                    device,
-                    attributes.values,
-                    print_system_info,
-                    force_reset,
-                    **kwargs,
-                )
+                model = build_model(cls, file, env, device, force_reset, kwargs)
+            except (CorruptCheckpointError, UntrustedFileError):
+                raise
             except Exception as error:
-                if trust or kwargs or custom_objects:
+                if trust or kwargs or replaced:
                     raise
-                raise CorruptCheckpointError(path, "data", f"it does not make a model ({error!r})") from error
-        model._loaded(attributes, keep={*kwargs, *(custom_objects or ())})
-        if isinstance(env, VecEnv) and about:
+                what = f"it does not make a model ({type(error).__name__}: {short(error)})"
+                raise CorruptCheckpointError(path, "data", what) from error
+        model._loaded(file.names, keep=file.given)
+        if file.about:
             statistics = read_statistics(archive, path)
-            warn_of_mismatch(statistics and statistics[1], model.get_vec_normalize_env())
+            warn_of_mismatch(statistics and statistics[1], env, model.get_vec_normalize_env())
         return model
 
-    def _loaded(self, attributes: Attributes, keep: set[str]) -> None:
+    def _loaded(self, names: set[str], keep: set[str]) -> None:
         """
         Change what has to be changed in a model that was just loaded.
 
-        :param attributes: the saved attributes
+        :param names: names of the attributes in the file
         :param keep: names of those that the user has given
         """
-
-    @classmethod
-    def _check_algorithm(cls, names: set[str], about: dict[str, Any], path: Source) -> None:
-        saved = about.get("algorithm") or next(
-            (theirs for mark, theirs in SIGNATURE_ATTRIBUTES.items() if mark in names), "another algorithm"
-        )
-        if saved != cls.algorithm():
-            raise ValueError(f"{name_of(path)} holds a model of {saved}, not of {cls.algorithm()}")
-
-    @classmethod
-    def _check_values(cls, values: dict[str, Any], given: set[str], path: Source) -> None:
-        for name, rule in cls.argument_rules.items():
-            if name in values and name not in given and not rule.holds(values[name]):
-                raise CorruptCheckpointError(
-                    path, "data", f"{name}={values[name]!r} is not allowed: it must be {rule.allowed}"
-                )
-
-    @classmethod
-    def _check_names(cls, kwargs: dict[str, Any], saved: set[str]) -> None:
-        known = saved.union(*(inspect.signature(base).parameters for base in cls.__mro__ if issubclass(base, SavedAlgorithm)))
-        for name in kwargs:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise TypeError(f"load() got an unexpected keyword argument {name!r}{hint}")
 
     # ---- resuming
 
@@ -420,6 +388,8 @@ class SavedAlgorithm(OnPolicyAlgorithm):
         """
         assert self.env is not None
         self._restore_counters(state)
+        if state["action_space"] != self.action_space:
+            raise MismatchError("the checkpoint has another action space than its own model")
         self.action_space = state["action_space"]
         for name in PER_RANK_ATTRIBUTES:
             setattr(self, name, with_strides(state["place"][name], state.get("strides", {}).get(name)))
@@ -525,16 +495,6 @@ def _check_picklable(name: str, value: Any) -> None:
         data_to_json({name: value})
     except Exception as error:
         raise pickle.PicklingError(f"attribute {name!r} cannot be saved: {error}; exclude=[{name!r}] leaves it out") from error
-
-
-def _check_spaces(env: VecEnv, attributes: Attributes) -> None:
-    observation, action = (attributes.values.get(name) for name in ("observation_space", "action_space"))
-    if not (isinstance(observation, spaces.Space) and isinstance(action, spaces.Space)):  # damaged, or left to SB3
-        return
-    try:
-        check_for_correct_spaces(env, observation, action)
-    except ValueError as error:
-        raise MismatchError(str(error)) from error
 
 
 def _destination(path: pathlib.Path) -> pathlib.Path:

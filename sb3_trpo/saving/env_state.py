@@ -256,11 +256,12 @@ def _call_set_state(layer: Any, state: Any) -> None:
         raise MismatchError(f"set_state() of {_class_name(layer)} raised {error!r} for the state in the checkpoint") from error
 
 
-def _check_names(layer: Any, names: Any) -> None:
-    """Refuse to set anything but plain attributes: no methods, nothing of Python's own, nothing that is wrapped."""
-    for name in names:
-        if name in CONSTANTS or name.startswith("__") or callable(getattr(type(layer), name, None)):
-            raise RefusedError(f"another {name[:80]!r} of {_class_name(layer)}")
+def _check_names(layer: Any, values: dict[str, Any]) -> None:
+    """Refuse to set what is a method or property of the class, private to Python, or wrapped."""
+    for name in values:
+        hidden = isinstance(getattr(type(layer), name, None), (*CODE, property)) and name not in vars(layer)
+        if hidden or name in CONSTANTS or not name.isidentifier() or (name.startswith("__") and name.endswith("__")):
+            raise RefusedError(f"the attribute {name[:100]!r} of {_class_name(layer)}")
 
 
 def _arrays(data: Any) -> dict[str, Any]:
