@@ -12,14 +12,30 @@ PACKAGES = ("sb3_trpo", "stable_baselines3", "sb3_contrib")
 Source = str | pathlib.Path | io.BufferedIOBase
 
 
+class NamedBytes(io.BytesIO):
+    """
+    The contents of a file, with its name for messages.
+
+    :param contents: the file's bytes
+    :param source: the file
+    """
+
+    def __init__(self, contents: bytes, source: Source) -> None:
+        super().__init__(contents)
+        self.name = name_of(source)
+
+
 def name_of(source: Source) -> str:
     """
-    Name a file in a message.
+    Return the name of a file for a message.
 
     :param source: path or file object
-    :return: the path, or the type of the object
+    :return: the path, the name of the file object, or its class if it has no name
     """
-    return str(source) if isinstance(source, (str, pathlib.Path)) else f"<{type(source).__name__}>"
+    if isinstance(source, (str, pathlib.Path)):
+        return str(source)
+    name = getattr(source, "name", None)
+    return name if isinstance(name, str) else f"<{type(source).__name__}>"
 
 
 def short(value: object, limit: int = 300) -> str:

@@ -1,4 +1,4 @@
-"""A trained policy as an ONNX file, to be run without Python, SB3 or torch. Such a file holds no pickle."""
+"""Export a trained policy as an ONNX file, which runs without Python, SB3 and torch and holds no pickle."""
 
 import importlib
 import pathlib
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
@@ -27,13 +28,19 @@ def export_onnx(model: SavedAlgorithm, path: str | pathlib.Path) -> None:
 
     :param model: the model
     :param path: the file
+    :raises ValueError: the policy is recurrent
     :raises ImportError: the extra ``[onnx]`` is not installed
     """
+    policy: ActorCriticPolicy = model.policy
+    if isinstance(policy, RecurrentActorCriticPolicy):
+        raise ValueError(
+            f"model={type(model).__name__} is not allowed: an ONNX file maps single observations to actions, and a recurrent "
+            "policy also needs the observations before"
+        )
     try:
         importlib.import_module("onnxscript")
     except ImportError as error:
         raise ImportError("export_onnx needs ONNX; to install it: pip install 'sb3_trpo[onnx]'") from error
-    policy = model.policy
     training = policy.training
     policy.set_training_mode(False)
     space = model.observation_space

@@ -211,11 +211,13 @@ class RecurrentTRPO(TRPO):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_last_lstm_states", "_next_lstm_states"]
 
-    def _resume_state(self) -> dict[str, Any]:
+    def get_extra_state(self) -> dict[str, Any]:
+        """See :meth:`TRPO.get_extra_state`."""
         states = [state.cpu().numpy() for pair in self._next_lstm_states for state in pair]
-        return {**super()._resume_state(), "lstm_states": states}
+        return {**super().get_extra_state(), "lstm_states": states}
 
-    def _restore(self, state: dict[str, Any], trust: bool) -> None:
-        super()._restore(state, trust)
+    def set_extra_state(self, state: dict[str, Any], trust: bool) -> None:
+        """See :meth:`TRPO.set_extra_state`."""
+        super().set_extra_state(state, trust)
         hidden_pi, cell_pi, hidden_vf, cell_vf = (th.as_tensor(array, device=self.device) for array in state["lstm_states"])
         self._last_lstm_states = self._next_lstm_states = RNNStates((hidden_pi, cell_pi), (hidden_vf, cell_vf))

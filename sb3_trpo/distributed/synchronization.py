@@ -18,9 +18,9 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from sb3_trpo.arguments import one_of
 from sb3_trpo.distributed.moments import merged
 from sb3_trpo.distributed.process_group import SINGLE_PROCESS, ProcessGroup, RankInfo, detect_rank, join
-from sb3_trpo.errors import MismatchError, RankError, Source
+from sb3_trpo.errors import RankError, Source
 from sb3_trpo.saving.checkpoint import SavedAlgorithm
-from sb3_trpo.saving.vec_normalize import Statistics, running_moments, set_statistics
+from sb3_trpo.saving.vec_normalize import Statistics, running_moments
 
 #: Distance between the seeds of two processes: more than the environments of one, which have consecutive seeds.
 SEED_STRIDE = 10_000
@@ -161,29 +161,31 @@ class DistributedAlgorithm(SavedAlgorithm):
     # ---- files
 
     def _write(
-        self, path: Source, exclude: Iterable[str] | None, include: Iterable[str] | None, members: dict[str, bytes]
+        self,
+        path: Source,
+        exclude: Iterable[str] | None,
+        include: Iterable[str] | None,
+        members: dict[str, bytes],
+        about: dict[str, Any] | None = None,
     ) -> None:
         if self._place.rank == 0 or hasattr(path, "write"):
-            super()._write(path, exclude, include, members)
+            super()._write(path, exclude, include, members, about)
 
-    def _resume_states(self) -> list[dict[str, Any]]:
-        return [state for states in self._ranks.gather_objects(super()._resume_states()) for state in states]
+    def _extra_states(self) -> list[dict[str, Any]]:
+        return [state for states in self._ranks.gather_objects(super()._extra_states()) for state in states]
 
     def _restore_own(self, states: list[dict[str, Any]], statistics: Statistics | None, trust: bool) -> None:
         place = self._place
+        self._check_normalizer(statistics)
+        self._restore_statistics(statistics)
         if len(states) == place.size:
-            self._restore(states[place.rank], trust)
+            self.set_extra_state(states[place.rank], trust)
             return
-        normalizer = self.get_vec_normalize_env()
-        if (normalizer is None) != (statistics is None):
-            raise MismatchError("of env and checkpoint one has VecNormalize, and the other does not")
-        if normalizer is not None and statistics is not None:
-            set_statistics(normalizer, statistics[1])
         self._restore_counters(states[0])
         self._last_obs = None
         warnings.warn(
-            f"the checkpoint is of {len(states)} processes and goes on in {place.size}: parameters and statistics are as they "
-            "were, while environments begin new episodes and random generators new sequences",
+            f"the checkpoint of {len(states)} processes is resumed in {place.size}: parameters and statistics are restored, "
+            "environments start new episodes, and random generators new sequences",
             stacklevel=4,
         )
         if self.seed is not None:
@@ -206,6 +208,7 @@ def synchronized(collect: Collect) -> Collect:
         own = functools.partial(collect, algorithm, *args, **kwargs)
         goes_on = own() if algorithm._ranks.size == 1 else algorithm._take_part(own)
         algorithm.rollout_was_broken_off = not goes_on
+        algorithm._iteration += goes_on
         return goes_on
 
     return cast("Collect", method)
