@@ -19,7 +19,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from sb3_trpo.arguments import Rule
 from sb3_trpo.errors import CorruptCheckpointError, MismatchError, Source, UntrustedFileError, WorkerError, short
 from sb3_trpo.rollouts.checks import EnvOutputCheck, kept_statistics
-from sb3_trpo.saving.archive import METADATA, Archive, read_bytes
+from sb3_trpo.saving.archive import METADATA, Archive, print_versions, read_bytes
 from sb3_trpo.saving.atomic import atomic_write
 from sb3_trpo.saving.env_state import StateUnavailableError, capture_all, capture_wrappers, restore_all, restore_wrappers
 from sb3_trpo.saving.model_file import (
@@ -29,7 +29,6 @@ from sb3_trpo.saving.model_file import (
     check_parameters,
     check_spaces,
     check_values,
-    print_versions,
     read_model_file,
 )
 from sb3_trpo.saving.random_state import random_state, set_random_state, unchanged_random_state

@@ -20,7 +20,6 @@ from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import (
     check_for_correct_spaces,
-    get_system_info,
 )
 from stable_baselines3.common.vec_env import VecEnv
 from torch.overrides import TorchFunctionMode
@@ -138,20 +137,6 @@ def _outline(entry: dict[str, Any]) -> str:
     """The keys of a dictionary, which SB3 writes in plain text beside the pickle."""
     keys = [key for key in entry if key.isidentifier()][:10]
     return "{" + ", ".join(f"{key[:50]!r}: ..." for key in keys) + "}"
-
-
-def print_versions(archive: Archive) -> None:
-    """
-    Print the present versions, and those that have saved a file.
-
-    :param archive: the file
-    """
-    print("== CURRENT SYSTEM INFO ==")
-    get_system_info()
-    print("== SAVED MODEL SYSTEM INFO ==")
-    text = archive.read("system_info.txt") if "system_info.txt" in archive.names else b"unknown"
-    lines = text[:10_000].decode("ascii", "replace").splitlines()
-    print("\n".join("".join(filter(str.isprintable, line)) for line in lines))
 
 
 # ---- validate
