@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.utils import get_system_info
 
 from sb3_trpo.errors import CorruptCheckpointError, Source, short
 from sb3_trpo.saving.pickle_records import Budget, RefusedError
@@ -140,6 +141,20 @@ class Archive:
             raise
         except Exception as error:
             raise CorruptCheckpointError(self.path, member, short(error)) from error
+
+
+def print_versions(archive: Archive) -> None:
+    """
+    Print the present versions, and those that have saved a file.
+
+    :param archive: the file
+    """
+    print("== CURRENT SYSTEM INFO ==")
+    get_system_info()
+    print("== SAVED MODEL SYSTEM INFO ==")
+    text = archive.read("system_info.txt") if "system_info.txt" in archive.names else b"unknown"
+    lines = text[:10_000].decode("ascii", "replace").splitlines()
+    print("\n".join("".join(filter(str.isprintable, line)) for line in lines))
 
 
 def _read_array(contents: bytes) -> np.ndarray:

@@ -32,7 +32,7 @@ from sb3_trpo.errors import (
     short,
 )
 from sb3_trpo.rollouts.checks import EnvOutputCheck, kept_statistics
-from sb3_trpo.saving.archive import METADATA, Archive, read_bytes
+from sb3_trpo.saving.archive import METADATA, Archive, print_versions, read_bytes
 from sb3_trpo.saving.atomic import atomic_write
 from sb3_trpo.saving.env_state import StateUnavailableError
 from sb3_trpo.saving.layout import strides_of, with_strides
@@ -43,7 +43,6 @@ from sb3_trpo.saving.model_file import (
     check_parameters,
     check_spaces,
     check_values,
-    print_versions,
     read_model_file,
 )
 from sb3_trpo.saving.random_state import set_random_state, unchanged_random_state

@@ -10,32 +10,24 @@ import inspect
 import math
 import pickle
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import (
-    ConstantSchedule,
-    FloatSchedule,
-    LinearSchedule,
     check_for_correct_spaces,
-    get_system_info,
 )
 from stable_baselines3.common.vec_env import VecEnv
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from sb3_trpo.arguments import Rule
 from sb3_trpo.errors import CorruptCheckpointError, MismatchError, Source, UntrustedFileError, did_you_mean, name_of, short
 from sb3_trpo.saving.archive import METADATA, Archive
+from sb3_trpo.saving.attribute_rules import RULES
 from sb3_trpo.saving.tensors import PARAMETERS, check_finite, read_state
 from sb3_trpo.saving.unpickling import RefusedError, restricted_loads
 
@@ -149,81 +141,7 @@ def _outline(entry: dict[str, Any]) -> str:
     return "{" + ", ".join(f"{key[:50]!r}: ..." for key in keys) + "}"
 
 
-def print_versions(archive: Archive) -> None:
-    """
-    Print the present versions, and those that have saved a file.
-
-    :param archive: the file
-    """
-    print("== CURRENT SYSTEM INFO ==")
-    get_system_info()
-    print("== SAVED MODEL SYSTEM INFO ==")
-    text = archive.read("system_info.txt") if "system_info.txt" in archive.names else b"unknown"
-    lines = text[:10_000].decode("ascii", "replace").splitlines()
-    print("\n".join("".join(filter(str.isprintable, line)) for line in lines))
-
-
 # ---- validate
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value).bit_length() < 64
-
-
-def _is_rate(value: Any) -> bool:
-    return value is None or _is_number(value) or isinstance(value, (FloatSchedule, LinearSchedule, ConstantSchedule))
-
-
-def _is_class(kind: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, type) and issubclass(value, kind)
-
-
-def _is_observation(value: Any) -> bool:
-    arrays = list(value.values()) if isinstance(value, dict) else [value]
-    return value is None or all(isinstance(array, np.ndarray) for array in arrays)
-
-
-#: Classes that the arguments of a policy may name; elsewhere in them there is plain data.
-POLICY_CLASSES = {
-    "activation_fn": _is_class(nn.Module),
-    "optimizer_class": _is_class(th.optim.Optimizer),
-    "features_extractor_class": _is_class(BaseFeaturesExtractor),
-}
-
-
-def _are_policy_kwargs(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        type(name) is str and (POLICY_CLASSES[name](item) if name in POLICY_CLASSES else not isinstance(item, type))
-        for name, item in value.items()
-    )
-
-
-def _are_keywords(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(type(name) is str for name in value))
-
-
-#: What an attribute from a file may be, beside the rules for arguments.
-RULES: dict[str, Callable[[Any], bool]] = {
-    "policy_class": _is_class(BasePolicy),
-    "policy_kwargs": _are_policy_kwargs,
-    "rollout_buffer_class": lambda value: value is None or _is_class(RolloutBuffer)(value),
-    "rollout_buffer_kwargs": _are_keywords,
-    **dict.fromkeys(("observation_space", "action_space"), lambda value: isinstance(value, spaces.Space)),
-    **dict.fromkeys(("learning_rate", "target_kl"), _is_rate),
-    **dict.fromkeys(("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_episode_num"), _is_integer),
-    **dict.fromkeys(("_n_updates", "_iteration", "_iterations_before", "_failed_updates"), _is_integer),
-    **dict.fromkeys(("verbose", "sde_sample_freq"), _is_integer),
-    **dict.fromkeys(("n_envs", "_stats_window_size", "n_steps"), lambda value: _is_integer(value) and value >= 1),
-    **dict.fromkeys(("start_time", "_current_progress_remaining"), _is_number),
-    **dict.fromkeys(("ep_info_buffer", "ep_success_buffer"), lambda value: value is None or isinstance(value, deque)),
-    **dict.fromkeys(("_last_obs", "_last_original_obs", "_last_episode_starts"), _is_observation),
-    "use_sde": lambda value: isinstance(value, bool),
-    "seed": lambda value: value is None or (_is_integer(value) and 0 <= value < 2**32),
-}
 
 
 def check_algorithm(file: ModelFile, algorithm: str) -> None:
@@ -375,7 +293,7 @@ def _own_values(model: OnPolicyAlgorithm, file: ModelFile) -> dict[str, Any]:
             values[name] = value
         elif hasattr(type(model), name) or name in model._excluded_save_params() or not _is_plain(name):
             remedy = "If you know where the file is from, trust=True loads it as SB3 does"
-            raise UntrustedFileError(file.path, name, "a place that no file may set", remedy)
+            raise UntrustedFileError(file.path, name, "an attribute that no file may set", remedy)
         elif name != "tensorboard_log":
             unknown.append(name[:50])
         elif value is not None and model.env is not None:

@@ -3,11 +3,13 @@
 import functools
 import io
 import json
+import pickle
 import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -18,7 +20,9 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_trpo import NPG, TRPO, CorruptCheckpointError, MaskableTRPO, RecurrentTRPO, UntrustedFileError, load_vec_normalize
+from sb3_trpo.saving.env_state import restore
 from sb3_trpo.saving.model_file import allowed_attributes
+from sb3_trpo.saving.unpickling import RefusedError
 
 N_STEPS = 16
 
@@ -278,6 +282,16 @@ def test_a_users_own_attributes_are_loaded_by_their_own_class(tmp_path: Path) ->
 )
 def test_attributes_of_another_type_are_refused(name: str, value: Any, saved: Path) -> None:
     assert name in untrusted(saved, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["step", "__class__", "unwrapped", "a b"])
+def test_a_state_cannot_replace_what_belongs_to_an_environment(name: str) -> None:
+    env = gym.make("CartPole-v1").unwrapped
+    state = [{"class": type(env).__name__, "values": {name: 1}, "physics": {}}]
+
+    with pytest.raises(RefusedError, match=name):
+        restore(env, pickle.dumps(state))
+    assert name not in vars(env)
 
 
 # ---- what the messages say

@@ -247,7 +247,7 @@ def nested_tuple(depth: int, end: bytes = b"") -> bytes:
 
 MOMENTS = {"mean": np.zeros(2), "var": np.ones(2), "count": 1.0}
 CRAFTED = {
-    "s1_object_subarray": pickle.dumps(buffer_of(POINTERS)),
+    "s1_object_subarray": pickle.dumps(buffer_of(POINTERS, b"A" * 16, (2,))),
     "s1_field_far_outside": pickle.dumps(buffer_of(FAR_FIELD, bytes(8))),
     "s1_field_before_its_array": pickle.dumps(buffer_of(NEGATIVE_FIELD, bytes(8))),
     "s1_object_in_a_field": pickle.dumps(buffer_of(HIDDEN_OBJECT, bytes(8))),
