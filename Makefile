@@ -11,12 +11,14 @@ PYTEST_WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
 
 SHELL := /bin/bash
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# The versions to install: the tested ones, or make test CONSTRAINTS=constraints-oldest.txt
+CONSTRAINTS ?= constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types docs format clean
+.PHONY: help demo test lint types docs package format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
@@ -38,6 +40,15 @@ types: $(VENV)/.installed-dev ## check types
 docs: $(VENV)/.installed-docs ## build the documentation in docs/_build; warnings are errors
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build
 
+package: $(VENV)/.installed-package ## build sdist and wheel, check them, import the wheel in an empty environment
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv dist/env
+	dist/env/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) dist/*.whl
+	cd dist && env/bin/python -c "from sb3_trpo import TRPO; TRPO('MlpPolicy', 'CartPole-v1', n_steps=64).learn(64)"
+	cd dist && env/bin/sb3_trpo --version
+
 format: $(VENV)/.installed-dev ## format the code, and fix what ruff can fix
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
@@ -50,6 +61,6 @@ $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp per extra of setup.cfg.
-$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt sb3_trpo/version.txt | $(VENV)/pyvenv.cfg
+$(VENV)/.installed-%: setup.cfg pyproject.toml $(CONSTRAINTS) sb3_trpo/version.txt | $(VENV)/pyvenv.cfg
 	$(INSTALL) -e ".[$*]"
 	@touch $@

@@ -23,7 +23,7 @@ from typing import Any
 CASES: dict[str, dict[str, Any]] = {
     "mlp_64": {"net_arch": [64, 64], "n_steps": 1024},
     "mlp_256": {"net_arch": [256, 256], "n_steps": 1024},
-    "cnn": {"images": True, "n_steps": 64},
+    "cnn": {"images": True, "n_steps": 32},
 }
 N_ENVS = 2
 
@@ -89,7 +89,10 @@ def main() -> None:
             row = {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
             rows.setdefault(case, {})[threads] = {key: round(value, 3) for key, value in row.items()}
             speed, cpu = row["steps_per_second"], row["cpu_seconds"]
-            print(f"{case:10}{threads:3} threads{speed:10,.0f} steps/s{cpu:8.2f} CPU s, load {row['load_before']:.1f}", flush=True)
+            print(
+                f"{case:10}{threads:3} threads{speed:10,.0f} steps/s{cpu:8.2f} CPU s, load {row['load_before']:.1f}",
+                flush=True,
+            )
         machine = {"cores": os.cpu_count(), "python": platform.python_version()}
         result = {"machine": machine, "rounds": args.rounds, "cases": rows}
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -134,7 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("sb3_trpo"):
             raise
-        message = f"the module {error.name!r} is missing; install the extra zoo: pip install '.[zoo]' in a checkout of sb3_trpo"
+        message = (
+            f"the module {error.name!r} is missing; install the extra zoo: pip install '.[zoo]' in a checkout of sb3_trpo"
+        )
     except Exception as error:
         if not is_usage_error(error):
             raise

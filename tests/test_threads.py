@@ -44,10 +44,14 @@ def test_choose_threads_leaves_other_devices_alone() -> None:
 
 
 def test_training_threads_restores_the_number_after_an_error() -> None:
-    with pytest.raises(KeyError), training_threads(MLP) as choice:
-        assert th.get_num_threads() == choice.number == 1
-        assert str(choice).startswith("Using 1 torch thread: ")
-        raise KeyError
+    def fail() -> None:
+        with training_threads(MLP) as choice:
+            assert th.get_num_threads() == choice.number == 1
+            assert str(choice).startswith("Using 1 torch thread: ")
+            raise KeyError("a fault")
+
+    with pytest.raises(KeyError, match="a fault"):
+        fail()
     assert th.get_num_threads() == 3
 
 

@@ -16,10 +16,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from pytablewriter import MarkdownTableWriter
-from rliable import library, metrics
+from rliable import library, metrics, plot_utils
 
 from sb3_trpo.errors import UsageError
-from sb3_trpo.zoo.plots import read_results, save
+from sb3_trpo.zoo.plots import algorithm_name, read_results, save
 
 #: Bootstrap samples of each interval.
 N_BOOTSTRAP = 2000
@@ -200,29 +200,45 @@ def _ends(interval: np.ndarray) -> str:
 
 def draw(estimates: Estimates) -> Figure:
     """
-    Draw the estimates.
+    Plot the estimates.
 
-    :param estimates: what to draw
+    :param estimates: what to plot
     :return: interquartile means, performance profiles, probabilities of improvement
     """
     sns.set_theme(style="whitegrid")
-    names = list(estimates.iqm)
-    colors = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+    names = {name: algorithm_name(name) for name in estimates.iqm}
+    colors = dict(zip(names.values(), sns.color_palette("colorblind", len(names)), strict=True))
     figure = Figure(figsize=(15, 4), layout="constrained")
     means, profiles, better = figure.subplots(1, 3)
-    for name in names:
-        low, high = estimates.iqm_interval[name]
-        means.plot([low, high], [name, name], lw=8, alpha=0.4, color=colors[name], solid_capstyle="butt")
-        means.plot(estimates.iqm[name], name, "o", color=colors[name])
-        profiles.plot(estimates.taus, estimates.profile[name], color=colors[name], label=name)
-        profiles.fill_between(estimates.taus, *estimates.profile_interval[name], color=colors[name], alpha=0.15)
+    for name, label in names.items():
+        means.errorbar(
+            estimates.iqm[name],
+            label,
+            xerr=np.abs(estimates.iqm_interval[name] - estimates.iqm[name])[:, None],
+            fmt="o",
+            lw=6,
+            ms=9,
+            mfc="white",
+            color=colors[label],
+        )
     means.set(xlabel="interquartile mean of the scores, 95 % interval", ylim=(len(names) - 0.5, -0.5))
-    profiles.set(xlabel="score τ", ylabel="share of runs above τ", ylim=(0, 1.02))
-    profiles.legend()
+    plot_utils.plot_performance_profiles(
+        {names[name]: profile for name, profile in estimates.profile.items()},
+        estimates.taus,
+        {names[name]: interval for name, interval in estimates.profile_interval.items()},
+        ax=profiles,
+        colors=colors,
+        xlabel="score τ",
+        ylabel="share of runs with score > τ",
+        labelsize="medium",
+        ticklabelsize="medium",
+    )
+    profiles.set(xlim=(estimates.taus[0], estimates.taus[-1]), ylim=(0, 1.03))
+    figure.legend(*profiles.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
     for (first, second), p in estimates.better.items():
-        label = f"{first}\nover {second}"
-        better.plot(estimates.better_interval[first, second], [label, label], lw=8, alpha=0.4, color="tab:gray")
-        better.plot(p, label, "ko")
+        label = f"{names[first]}\nover {names[second]}"
+        interval = np.abs(estimates.better_interval[first, second] - p)[:, None]
+        better.errorbar(p, label, xerr=interval, fmt="o", lw=6, ms=9, mfc="white", color="tab:gray")
     better.axvline(0.5, color="k", ls="--", lw=1)
     better.set(xlabel="probability of improvement, 95 % interval", xlim=(-0.02, 1.02))
     better.set_ylim(len(estimates.better) - 0.5, -0.5)
