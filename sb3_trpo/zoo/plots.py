@@ -197,7 +197,7 @@ def draw_learning(episodes: pd.DataFrame, evaluations: pd.DataFrame) -> Figure:
     """
     envs = list(episodes["env"].unique())
     colors = _colors(episodes["run"].unique())
-    windows = {run: min(100, max(1, len(rows) // 5)) for run, rows in episodes.groupby("run")}
+    windows = {run: min(100, max(1, len(rows) // 10)) for run, rows in episodes.groupby("run")}
     figure = Figure(figsize=(10, 1.2 + 3 * len(envs)), layout="constrained")
     for row, env in zip(figure.subplots(len(envs), 2, sharey="row", squeeze=False), envs, strict=True):
         for axes, x, label in zip(row, ["steps", "seconds"], ["environment steps", "seconds"], strict=True):
