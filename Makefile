@@ -18,10 +18,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types docs package format clean
+.PHONY: help demo test test-oldest lint types docs package format clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
 
 demo: $(VENV)/.installed-demo ## train TRPO on CartPole, evaluate, save, load, draw the learning curve
 	$(BIN)/python examples/demo.py --out $(DEMO_OUT)
@@ -29,6 +29,11 @@ demo: $(VENV)/.installed-demo ## train TRPO on CartPole, evaluate, save, load, d
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed-dev ## run all tests, with the coverage gate of pyproject.toml
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) --cov $(PYTEST_ARGS)
+
+test-oldest: export OMP_NUM_THREADS := 1
+test-oldest: ## run the tests with the oldest supported versions (needs Python 3.10)
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.installed-extra,tests
+	.venv-oldest/bin/python -m pytest $(PYTEST_WORKERS) --ignore tests/test_docs.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## check style and formatting
 	$(BIN)/python -m ruff check .
@@ -54,7 +59,7 @@ format: $(VENV)/.installed-dev ## format the code, and fix what ruff can fix
 	$(BIN)/python -m ruff format .
 
 clean: ## remove everything that git does not track and make can make again
-	rm -rf $(VENV) $(DEMO_OUT) docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+	rm -rf $(VENV) .venv-oldest $(DEMO_OUT) docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:
