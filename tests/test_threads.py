@@ -48,9 +48,9 @@ def test_training_threads_restores_the_number_after_an_error() -> None:
         with training_threads(MLP) as choice:
             assert th.get_num_threads() == choice.number == 1
             assert str(choice).startswith("Using 1 torch thread: ")
-            raise KeyError
+            raise KeyError("a fault")
 
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="a fault"):
         fail()
     assert th.get_num_threads() == 3
 
