@@ -1,7 +1,10 @@
 """The constructor takes sb3-contrib's arguments, and refuses wrong ones before anything is built."""
 
 import inspect
+import io
+import json
 import warnings
+import zipfile
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -482,3 +485,18 @@ def test_an_unknown_policy_name_is_refused() -> None:
 )
 def test_policies_have_sb3s_names(name: str, policy_class: type[Any]) -> None:
     assert TRPO.policy_aliases[name] is policy_class
+
+
+def test_file_with_attributes_of_earlier_versions_loads(tmp_path: Path) -> None:
+    """Commit 3440a56 saved these for `cg_warm_start=True`, and the search direction as a tensor."""
+    TRPO("MlpPolicy", IdentityEnv(2), n_steps=8, device="cpu").save(tmp_path / "new")
+    old = {"cg_warm_start": True, "critic_cg_max_steps": 5, "critic_cg_residual_tol": 0.2, "distributed": False}
+    tensors = io.BytesIO()
+    th.save({"_direction": th.ones(3)}, tensors)
+    with zipfile.ZipFile(tmp_path / "new.zip") as new, zipfile.ZipFile(tmp_path / "old.zip", "w") as file:
+        for name in new.namelist():
+            contents = new.read(name)
+            file.writestr(name, json.dumps(json.loads(contents) | old) if name == "data" else contents)
+        file.writestr("pytorch_variables.pth", tensors.getvalue())
+    model = TRPO.load(tmp_path / "old", env=IdentityEnv(2), device="cpu").learn(8)
+    assert not {*old, "_direction"} & set(vars(model))
