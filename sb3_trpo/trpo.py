@@ -35,9 +35,10 @@ from sb3_trpo.arguments import (
     check_arguments,
     one_of,
 )
+from sb3_trpo.base import ResumableAlgorithm
 from sb3_trpo.distributed.moments import moments
 from sb3_trpo.distributed.process_group import detect_rank, local_device
-from sb3_trpo.distributed.synchronization import DistributedAlgorithm, synchronized
+from sb3_trpo.distributed.synchronization import synchronized
 from sb3_trpo.optim.batch import Inputs, RolloutBatch, normalize_advantages, read_rollout
 from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.critic import CriticFit, fit_gauss_newton, fit_minibatches
@@ -86,7 +87,7 @@ def is_step(step: th.Tensor) -> bool:
     return bool(th.isfinite(step).all()) and bool(step.any())
 
 
-class TRPO(DistributedAlgorithm):
+class TRPO(ResumableAlgorithm):
     """
     Trust Region Policy Optimization (TRPO).
 
