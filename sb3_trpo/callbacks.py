@@ -6,7 +6,7 @@ import re
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_trpo.arguments import BOOLEAN, POSITIVE_INTEGER, POSITIVE_INTEGER_OR_NONE, check_arguments
-from sb3_trpo.distributed.synchronization import DistributedAlgorithm
+from sb3_trpo.base import ResumableAlgorithm
 from sb3_trpo.saving.atomic import remove_leftovers
 from sb3_trpo.saving.checkpoint import read_run
 from sb3_trpo.saving.signals import catch_signals, exit_status, received_signal, release_signals
@@ -27,7 +27,7 @@ class CheckpointCallback(BaseCallback):
     :raises ValueError: an argument is not allowed
     """
 
-    model: DistributedAlgorithm
+    model: ResumableAlgorithm
     on_every_rank = True  # the first process writes the state of all
     draws_random_numbers = False
 

@@ -14,12 +14,12 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
+from sb3_trpo.base import ResumableAlgorithm
 from sb3_trpo.optim.distributions import without_validation
 from sb3_trpo.saving.atomic import atomic_write
-from sb3_trpo.saving.checkpoint import SavedAlgorithm
 
 
-def export_onnx(model: SavedAlgorithm, path: str | pathlib.Path) -> None:
+def export_onnx(model: ResumableAlgorithm, path: str | pathlib.Path) -> None:
     """
     Write the deterministic policy as an ONNX file.
 

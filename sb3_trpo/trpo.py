@@ -46,10 +46,11 @@ from sb3_trpo.arguments import (
     shown,
     subclass_of,
 )
+from sb3_trpo.base import ResumableAlgorithm
 from sb3_trpo.constructors import checked, rules_of
 from sb3_trpo.distributed.moments import moments
 from sb3_trpo.distributed.process_group import local_device
-from sb3_trpo.distributed.synchronization import DistributedAlgorithm, synchronized
+from sb3_trpo.distributed.synchronization import synchronized
 from sb3_trpo.errors import did_you_mean, warn_user
 from sb3_trpo.optim.batch import ARRAY_BUFFERS, Inputs, RolloutBatch, normalize_advantages, read_rollout
 from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
@@ -136,7 +137,7 @@ def is_step(step: th.Tensor) -> bool:
     return bool(th.isfinite(step).all()) and bool(step.any())
 
 
-class TRPO(DistributedAlgorithm):
+class TRPO(ResumableAlgorithm):
     """
     Trust Region Policy Optimization (TRPO).
 

@@ -16,7 +16,7 @@ FILES = sorted(file.stem for file in FOLDER.glob("*.zip"))
 MODELS = [name for name in FILES if not name.endswith("_checkpoint")]
 CHECKPOINTS = [name for name in FILES if name.endswith("_checkpoint")]
 #: Files that the commit which wrote them cannot load: it calls the array of a transposed image damaged.
-NOT_LOADED = ["cnn", "cnn_checkpoint"]
+NOT_LOADED: list[str] = []
 
 
 @pytest.fixture(scope="module")

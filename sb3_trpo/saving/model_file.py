@@ -43,7 +43,16 @@ SIGNATURE_ATTRIBUTES = {
     "gae_lambda": "A2C",
 }
 #: Attributes that earlier versions of this package saved and that nothing reads any more.
-RETIRED = ("cg_warm_start", "critic_cg_max_steps", "critic_cg_residual_tol", "distributed", "_direction")
+RETIRED = (
+    "cg_warm_start",
+    "critic_cg_max_steps",
+    "critic_cg_residual_tol",
+    "distributed",
+    "_direction",
+    "_iteration",
+    "_iterations_before",
+    "_pending_log",
+)
 #: Attributes that are made anew from others when a model is set up.
 DERIVED = ("lr_schedule", "_target_kl_schedule")
 #: Attributes that a model has beside those that its constructor sets without an environment.

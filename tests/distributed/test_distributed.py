@@ -452,7 +452,7 @@ def fail(what: Callable[[Any], Any], message: str, timeout: float, folder: Path)
 
 
 def test_a_process_that_comes_to_other_parameters_is_named(tmp_path: Path) -> None:
-    together(fail, moves, "rank 1 has come to another parameters", 60.0, tmp_path)
+    together(fail, moves, "rank 1 diverged from the other ranks in: parameters", 60.0, tmp_path)
 
 
 def be_killed(what: Callable[[Any], Any], timeout: float, folder: Path) -> None:
@@ -495,7 +495,7 @@ def test_a_process_that_dies_or_hangs_is_named_and_the_checkpoint_is_whole(
 
 def test_fingerprints_name_the_odd_ones() -> None:
     prints = [{"parameters": name} for name in "aabaa"]
-    with pytest.raises(RankError, match="rank 2 has come to another parameters") as error:
+    with pytest.raises(RankError, match="rank 2 diverged from the other ranks in: parameters") as error:
         check_fingerprints(prints)
     assert error.value.ranks == (2,)
     with pytest.raises(RankError) as error:
