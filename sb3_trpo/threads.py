@@ -48,9 +48,9 @@ def choose_threads(policy: nn.Module, environ: Mapping[str, str] = os.environ) -
     """
     Choose the number of threads for training a policy.
 
-    Small layers take less time than the threads take to wait for one another; on a busy machine several threads are ten
-    times slower than one (``benchmarks/threads.py``). Convolutions gain from all cores. A number that the user has set, by
-    an environment variable or by ``torch.set_num_threads``, is kept.
+    Small layers take less time than the threads take to wait for one another; on a busy machine two threads were four to
+    ten times slower than one (``benchmarks/threads.py``). Convolutions keep torch's number. A number that the user has set,
+    by an environment variable or by ``torch.set_num_threads``, is kept.
 
     :param policy: the policy to train
     :param environ: environment variables

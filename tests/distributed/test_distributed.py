@@ -489,7 +489,7 @@ def test_a_process_that_dies_or_hangs_is_named_and_the_checkpoint_is_whole(
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.name == "checkpoint_64_steps.zip"  # the death was before the next
-    with pytest.warns(UserWarning, match="of 2 processes and goes on in 1"):
+    with pytest.warns(UserWarning, match="of 2 processes is resumed in 1"):
         assert TRPO.resume(checkpoint, make_vec_env("CartPole-v1", 1), device="cpu").num_timesteps == 64
 
 
@@ -578,7 +578,7 @@ def save(folder: Path) -> list[Any]:
 def test_a_checkpoint_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
     saved = together(save, tmp_path)[0]
     env = VecNormalize(make_vec_env("Pendulum-v1", 3))
-    with pytest.warns(UserWarning, match="of 2 processes and goes on in 1") as caught:
+    with pytest.warns(UserWarning, match="of 2 processes is resumed in 1") as caught:
         model = TRPO.resume(tmp_path / "checkpoint.zip", env, device="cpu")
     assert len(caught) == 1
     assert same(end(model)[:7], saved[:7])
