@@ -152,7 +152,7 @@ class TRPO(ResumableAlgorithm):
     :param batch_size: states in a minibatch of the minibatch critic
     :param gamma: discount factor, in [0, 1]
     :param cg_max_steps: bound on conjugate gradient iterations
-    :param cg_damping: λ, added to the diagonal of the Fisher matrix; 0 for none
+    :param cg_damping: λ, added to the diagonal of the Fisher matrix; 0 for the least that rounding errors allow
     :param line_search_shrinking_factor: α in (0, 1), shortens a step that does not improve the objective (one that leaves
         the trust region is shortened to its boundary)
     :param line_search_max_iter: bound on the points that the line search tries
@@ -597,11 +597,12 @@ class TRPO(ResumableAlgorithm):
             gradient = local.gradient(actor)  # g
             curved = self._subsampled(local, seen, layers)
             fisher = FisherOperator(curved, actor, self.cg_damping, actor_mlp(self.policy))  # v ↦ (F + λI) v
-            inverse = self._preconditioner(curved, layers, actor)  # ≈ v ↦ (F + λI)⁻¹ v
+            fisher.keep_definite(gradient)
+            inverse = self._preconditioner(curved, layers, actor, fisher.damping)  # ≈ v ↦ (F + λI)⁻¹ v
             solution = conjugate_gradient(
                 fisher, gradient, max_iter=self.cg_max_steps, rtol=self.cg_residual_tol, M=inverse
             )  # s ≈ (F + λI)⁻¹ g
-            curvature = undamped_curvature(solution.curvature, self.cg_damping, float(solution.x.dot(solution.x)))  # sᵀFs
+            curvature = undamped_curvature(solution.curvature, fisher.damping, float(solution.x.dot(solution.x)))  # sᵀFs
             length = self._step_length(curvature, len(parts))  # β
             expected = length * float(gradient.dot(solution.x))
             search = self._search(surrogate, actor, length * solution.x, point, expected)  # θ + αʲβs, or θ
@@ -669,11 +670,11 @@ class TRPO(ResumableAlgorithm):
         return surrogate if self.sub_sampling_factor == 1 else self._surrogate(rollout.thin(self.sub_sampling_factor), layers)
 
     def _preconditioner(
-        self, surrogate: Surrogate, layers: list[nn.Module], actor: list[nn.Parameter]
+        self, surrogate: Surrogate, layers: list[nn.Module], actor: list[nn.Parameter], damping: float
     ) -> KFACPreconditioner | None:
         if self.cg_preconditioner is None or not surrogate.has_closed_form:
             return None
-        return KFACPreconditioner(surrogate, layers, actor, self.cg_damping)
+        return KFACPreconditioner(surrogate, layers, actor, damping)
 
     def _step_length(self, curvature: float, n_steps: int) -> float:
         """

@@ -166,11 +166,15 @@ def fit_gauss_newton(
     """
     regression = ValueRegression(values, chunks, layers)
     # Two steps apart, the curvature is much the same: one preconditioner serves them all.
-    inverse = KFACPreconditioner(regression, layers, critic, damping) if critic else None
+    inverse: KFACPreconditioner | None = None
     for taken in range(n_steps if critic else 0):
+        gradient = regression.gradient(critic)
+        fisher = FisherOperator(regression, critic, damping, chain)
+        fisher.keep_definite(gradient)
+        inverse = inverse or KFACPreconditioner(regression, layers, critic, fisher.damping)
         solution = conjugate_gradient(
-            FisherOperator(regression, critic, damping, chain),
-            regression.gradient(critic),
+            fisher,
+            gradient,
             max_iter=cg_max_steps,
             rtol=cg_residual_tol,
             M=inverse,

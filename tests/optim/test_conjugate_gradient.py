@@ -140,11 +140,33 @@ def test_nonpositive_curvature_keeps_the_last_iterate(diagonal, iterations):
     assert th.equal(solution.x, solve(matrix, np.ones(2), max_iter=iterations).x)
 
 
-@pytest.mark.parametrize("scale", [-1.0, 0.0])
-def test_preconditioner_without_positive_curvature(scale):
-    solution = solve(np.eye(2), np.ones(2), preconditioner=scale * np.eye(2), max_iter=5)
-    assert (solution.status, solution.iterations) == (CGStatus.NONPOSITIVE_CURVATURE, 0)
-    assert solution.x.tolist() == [0.0, 0.0]
+@pytest.mark.parametrize("scale", [-1.0, 0.0, float("nan"), float("inf")])
+def test_preconditioner_that_is_not_positive_gives_way_to_the_identity(scale):
+    matrix, b = MATRICES["dense"], right_hand_side(8)
+    solution = solve(matrix, b, preconditioner=scale * np.eye(8), max_iter=3)
+    plain = solve(matrix, b, max_iter=3)
+    assert (solution.status, solution.iterations) == (CGStatus.ITERATION_BOUND, 3)
+    assert th.equal(solution.x, plain.x)
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+@pytest.mark.parametrize("name", MATRICES)
+def test_iterations_beyond_attainable_accuracy_do_no_harm(name, dtype):
+    """With no tolerance and far more iterations than unknowns, the true residual stays near the best one."""
+    matrix = th.as_tensor(MATRICES[name]).to(dtype)
+    b = th.as_tensor(right_hand_side(len(matrix))).to(dtype)
+    solution = conjugate_gradient(lambda v: matrix @ v, b, max_iter=400)
+    assert solution.status in (CGStatus.ROUNDING, CGStatus.CONVERGED)
+    condition = np.linalg.cond(MATRICES[name])
+    assert float((b - matrix @ solution.x).norm() / b.norm()) < 100.0 * th.finfo(dtype).eps * condition
+
+
+def test_singular_matrix_with_noise_outside_its_range_returns_the_iterate_of_least_residual():
+    """b has a share of 1e-3 that no x reaches: after convergence the iterates run away along the null space."""
+    matrix, b = th.diag(th.tensor([1.0, 0.1, 0.01, 1e-12])), th.tensor([1.0, 1.0, 1.0, 1e-3])
+    solution = conjugate_gradient(lambda v: matrix @ v, b, max_iter=400)
+    assert solution.status is CGStatus.ROUNDING
+    assert float((b - matrix @ solution.x)[:3].norm()) < 1e-2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
