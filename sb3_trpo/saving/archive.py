@@ -119,7 +119,7 @@ class Archive:
                 raise ValueError("it is no ASCII text, which SB3 writes")
             containers = text.count(b"[") + text.count(b"{")
             self.budget.spend(JSON_CONTAINER_BYTES * containers + JSON_ITEM_BYTES * text.count(b","))
-            value = json.loads(text)
+            value = json.loads(text.decode("ascii"))
         except (ValueError, RecursionError, RefusedError) as error:
             raise CorruptCheckpointError(self.path, member, short(error)) from error
         if not isinstance(value, dict):
