@@ -42,7 +42,7 @@ SIGNATURE_ATTRIBUTES = {
     "cg_max_steps": "TRPO",
     "gae_lambda": "A2C",
 }
-#: Attributes that earlier versions of this package saved and that nothing reads any more.
+#: Attributes that earlier versions saved, and that nothing reads any more or that only the training state restores.
 RETIRED = (
     "cg_warm_start",
     "critic_cg_max_steps",
@@ -55,8 +55,6 @@ RETIRED = (
 )
 #: Attributes that are made anew from others when a model is set up.
 DERIVED = ("lr_schedule", "_target_kl_schedule")
-#: Attributes in files of earlier versions that belong to the state of the training, and are restored with it alone.
-OBSOLETE = {"_pending_log", "_iteration", "_iterations_before"}
 #: Attributes that a model has beside those that its constructor sets without an environment.
 LATER = {"observation_space", "action_space", "n_envs", *DERIVED}
 VARIABLES = "pytorch_variables.pth"
@@ -300,8 +298,6 @@ def _own_values(model: OnPolicyAlgorithm, file: ModelFile) -> dict[str, Any]:
     allowed = allowed_attributes(model) | file.given
     values, unknown = {}, []
     for name, value in file.values.items():
-        if name in OBSOLETE:
-            continue
         if file.trust or name in allowed:
             values[name] = value
         elif hasattr(type(model), name) or name in model._excluded_save_params() or not _is_plain(name):
