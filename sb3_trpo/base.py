@@ -21,6 +21,7 @@ from sb3_trpo.rollouts.checks import EnvOutputCheck, kept_statistics
 from sb3_trpo.saving import checkpoint, loading
 from sb3_trpo.saving.random_streams import CallbackStream, isolated
 from sb3_trpo.saving.signals import release_signals
+from sb3_trpo.threads import training_threads
 
 #: Distance between the seeds of two processes: more than the environments of one, which have consecutive seeds.
 SEED_STRIDE = 10_000
@@ -249,9 +250,12 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfResumable:
-        """See :meth:`OnPolicyAlgorithm.learn`; signal handlers are restored, however it ends."""
+        """See :meth:`OnPolicyAlgorithm.learn`; signal handlers and torch's number of threads are restored at its end."""
         try:
-            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            with training_threads(self.policy) as threads:
+                if self.verbose >= 1:
+                    print(threads)
+                return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         finally:
             release_signals()
 

@@ -40,7 +40,7 @@ def export_onnx(model: ResumableAlgorithm, path: str | pathlib.Path) -> None:
     try:
         importlib.import_module("onnxscript")
     except ImportError as error:
-        raise ImportError("export_onnx needs ONNX; to install it: pip install 'sb3_trpo[onnx]'") from error
+        raise ImportError("export_onnx needs ONNX; to install it: pip install '.[onnx]' in a checkout of sb3_trpo") from error
     training = policy.training
     policy.set_training_mode(False)
     space = model.observation_space

@@ -61,7 +61,7 @@ def test_every_key_is_accepted(name: str, entry: str) -> None:
 def test_every_entry_trains_two_updates(tmp_path: Path, name: str, entry: str) -> None:
     env_id = "InvalidActions-v0" if name == "trpo_mask" else EXAMPLES.get(entry, entry)
     if env_id not in gym.registry:
-        pytest.skip(f"{env_id} is not installed: pip install 'sb3_trpo[envs]'")
+        pytest.skip(f"{env_id} is not installed: pip install '.[envs]'")
     try:
         gym.make(env_id).close()
     except gym.error.DependencyNotInstalled as error:
