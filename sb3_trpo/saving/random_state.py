@@ -106,9 +106,9 @@ def set_random_state(state: dict[str, Any]) -> None:
     _check(isinstance(state["cuda"], list) and all(map(_is_bytes, state["cuda"])), "CUDA's is damaged")
     set_python_state(random, state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002 - as above
-    th.set_rng_state(th.as_tensor(state["torch"]))
+    th.set_rng_state(th.as_tensor(state["torch"], device="cpu"))
     for device, card in enumerate(state["cuda"][: th.cuda.device_count()]):
-        th.cuda.set_rng_state(th.as_tensor(card), device)
+        th.cuda.set_rng_state(th.as_tensor(card, device="cpu"), device)
 
 
 def _is_bytes(value: Any) -> bool:

@@ -101,9 +101,9 @@ def _set_state(states: dict[str, Any]) -> None:
     if "python" in states:
         set_random_state(states)
         return
-    th.set_rng_state(th.as_tensor(states["torch"]))
+    th.set_rng_state(th.as_tensor(states["torch"], device="cpu"))
     for device, card in enumerate(states["cuda"][: th.cuda.device_count()]):
-        th.cuda.set_rng_state(th.as_tensor(card), device)
+        th.cuda.set_rng_state(th.as_tensor(card, device="cpu"), device)
 
 
 def _derived(state: np.ndarray) -> dict[str, Any]:
