@@ -1,5 +1,6 @@
 """Trust Region Policy Optimization for tasks where some actions are invalid at times."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -202,8 +203,8 @@ class MaskableTRPO(TRPO):
         observations, action_masks = _apart(inputs)
         return self.policy.get_distribution(observations, action_masks=action_masks)
 
-    def _fit_critic(self, rollout: RolloutBatch, actor: list[nn.Parameter]) -> CriticFit:
-        return super()._fit_critic(replace(rollout, inputs=_apart(rollout.inputs)[0]), actor)
+    def _fit_critic(self, rollout: RolloutBatch, actor: list[nn.Parameter], tracked: Sequence[nn.Module] = ()) -> CriticFit:
+        return super()._fit_critic(replace(rollout, inputs=_apart(rollout.inputs)[0]), actor, tracked)
 
     def predict(
         self,

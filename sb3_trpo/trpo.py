@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -69,6 +69,7 @@ from sb3_trpo.optim.line_search import (
 from sb3_trpo.optim.mlp import actor_mlp, critic_mlp
 from sb3_trpo.optim.objective import Surrogate
 from sb3_trpo.optim.parameters import Snapshot, all_finite, assign, flatten
+from sb3_trpo.optim.running_statistics import STATISTICS_SHARE, keep_within, statistics, track, tracking_layers
 from sb3_trpo.optim.statistics import PolicyStep, UpdateStats
 from sb3_trpo.optim.transaction import UpdateTransaction
 from sb3_trpo.policies import (
@@ -577,7 +578,7 @@ class TRPO(ResumableAlgorithm):
     def train(self) -> None:
         """Trust-region steps of the policy (one unless asked for more), then the regression of the critic."""
         started = time.perf_counter()
-        # One mode from start to end (dropout off, batch-norm statistics fixed): the one the rollout was collected in.
+        # One mode from start to end (dropout off): the one the rollout was collected in.
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
         buffers, guard = Snapshot(self.policy.buffers()), UpdateTransaction(self.policy)
@@ -589,10 +590,11 @@ class TRPO(ResumableAlgorithm):
 
         surrogate = self._surrogate(rollout, layers)  # L(θ), D̄_KL(θ_old, θ)
         steps: list[PolicyStep] = []
-        point = surrogate.start()
+        point, tracked = self._track_statistics(surrogate, rollout)
+        moved = Snapshot(self.policy.buffers())
         parts = self._parts(rollout)
         for part in parts:
-            at_start = part is None and not steps
+            at_start = part is None and not steps and not tracked
             seen, local = (rollout, surrogate) if at_start else self._relinearize(surrogate, rollout, part, layers)
             gradient = local.gradient(actor)  # g
             curved = self._subsampled(local, seen, layers)
@@ -607,15 +609,33 @@ class TRPO(ResumableAlgorithm):
             expected = length * float(gradient.dot(solution.x))
             search = self._search(surrogate, actor, length * solution.x, point, expected)  # θ + αʲβs, or θ
             if search.outcome is not LineSearchStatus.ACCEPTED:
-                buffers.restore()
+                moved.restore()
             steps.append(PolicyStep(point, float(gradient.norm()), solution, length, expected, search))
             point = search.point
-        critic = self._fit_critic(rollout, actor)
+        if all(step.search.outcome is not LineSearchStatus.ACCEPTED for step in steps):
+            buffers.restore()
+        critic = self._fit_critic(rollout, actor, tracked)
 
         self._failed_updates = guard.count(self._failed_updates, steps, critic)
         self._n_updates += 1
         self._record(steps, critic, surrogate.entropy, time.perf_counter() - started)
         guard.stop_after(self._failed_updates, self.max_failed_updates)
+
+    def _track_statistics(self, surrogate: Surrogate, rollout: RolloutBatch) -> tuple[Evaluation, Sequence[nn.Module]]:
+        """
+        Bring the policy's running statistics up to date, inside the trust region.
+
+        :param surrogate: L(θ) and D̄_KL(θ_old, θ)
+        :param rollout: the rollout
+        :return: objective and KL afterwards, and the layers whose statistics are the policy's
+        """
+        layers = tracking_layers(self.policy)
+        old = {layer: flatten(statistics([layer])) for layer in layers}
+        tracked = track(layers, self._distribution, rollout, self._chunk_size) if layers else []
+        if not tracked:
+            return surrogate.start(), []
+        before = th.cat([old[layer] for layer in tracked])
+        return keep_within(tracked, before, surrogate.evaluate, STATISTICS_SHARE * self._current_target_kl), tracked
 
     def _surrogate(self, rollout: RolloutBatch, layers: list[nn.Module]) -> Surrogate:
         return Surrogate(self._distribution, rollout.chunks(self._chunk_size), layers, self.ent_coef)
@@ -723,14 +743,18 @@ class TRPO(ResumableAlgorithm):
             before.restore()
         return search
 
-    def _fit_critic(self, rollout: RolloutBatch, actor: list[nn.Parameter]) -> CriticFit:
+    def _fit_critic(self, rollout: RolloutBatch, actor: list[nn.Parameter], tracked: Sequence[nn.Module] = ()) -> CriticFit:
         """
         Regress the values on the returns, in the parameters that the policy does not depend on.
 
         :param rollout: the rollout
         :param actor: θ, not to be touched
+        :param tracked: layers whose running statistics are the policy's
         :return: what the regression did
         """
+        own = [layer for layer in tracking_layers(self.policy) if layer not in tracked]
+        if own:
+            track(own, self._values, rollout, self._chunk_size)
         critic = critic_parameters(self.policy, self._values, rollout.select(slice(1)).inputs, actor)
         encode, head = value_function(self.policy, self._values, critic)
         if encode is not None:
