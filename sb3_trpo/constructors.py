@@ -67,17 +67,17 @@ def checked(constructor: Constructor) -> Constructor:
         takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
         for name in () if takes_all else kwargs:
             if name not in signature.parameters:
-                known = {*inspect.signature(type(self)).parameters, *signature.parameters}
-                raise TypeError(
-                    f"{type(self).__name__}() got an unexpected keyword argument {name!r}{argument_hint(name, known)}"
-                )
+                hint = argument_hint(name, {*inspect.signature(type(self)).parameters, *signature.parameters})
+                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{hint}")
         try:
             given = signature.bind(self, *args, **kwargs)
+            complete = inspect.signature(method)
+            known = {name: value for name, value in kwargs.items() if name in complete.parameters}
+            names = complete.bind_partial(self, *args, **known).arguments.keys() - {"self"}
         except TypeError as error:  # a missing argument, or too many
             raise TypeError(f"{type(self).__name__}(): {error}") from None
         # The outermost constructor of a derived class is the one that the caller sees.
-        names = {*given.arguments, *given.arguments.get("kwargs", ())}
-        vars(self).setdefault("_given_arguments", frozenset(names - {"self", "args", "kwargs"}))
+        vars(self).setdefault("_given_arguments", frozenset(names))
         for name, value in given.arguments.items():
             if name in rules:
                 given.arguments[name] = rules[name].check(name, value)

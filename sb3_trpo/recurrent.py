@@ -25,7 +25,7 @@ from torch import nn
 
 from sb3_trpo.adapters.sequences import LstmStates, lstm_states, read_sequences, without_cudnn
 from sb3_trpo.arguments import Rule, one_of
-from sb3_trpo.constructors import takes_arguments_of
+from sb3_trpo.constructors import checked, takes_arguments_of
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.rollouts.collect import Truncation, stack_observations
 from sb3_trpo.rollouts.samplers import ActionSampler, Observations, resamples_noise
@@ -96,6 +96,7 @@ class RecurrentTRPO(TRPO):
     _step_variables = TRPO._step_variables | {"lstm_states", "episode_starts"}
 
     @takes_arguments_of(TRPO.__init__)
+    @checked
     def __init__(
         self,
         policy: str | type[RecurrentActorCriticPolicy],

@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_trpo.actions import ACTION_BOUNDS, ACTION_OPTIONS, BoundedActionPolicy, check_action_options, raw_actions
+from sb3_trpo.adapters.models import actor_mlp, critic_mlp
 from sb3_trpo.arguments import (
     BOOLEAN,
     DEVICE,
@@ -66,7 +67,6 @@ from sb3_trpo.optim.line_search import (
     max_step_length,
     undamped_curvature,
 )
-from sb3_trpo.optim.mlp import actor_mlp, critic_mlp
 from sb3_trpo.optim.objective import Surrogate
 from sb3_trpo.optim.parameters import Snapshot, all_finite, assign, flatten
 from sb3_trpo.optim.running_statistics import STATISTICS_SHARE, keep_within, statistics, track, tracking_layers
@@ -309,6 +309,7 @@ class TRPO(ResumableAlgorithm):
 
         if _init_setup_model:
             self._setup_model()
+            self._warn_of_unused_arguments(self._given_arguments)
 
     #: Rules of the algorithm's own arguments: files, hyperparameters and other processes are checked by them.
     argument_rules: ClassVar[dict[str, Rule]] = {
@@ -332,7 +333,6 @@ class TRPO(ResumableAlgorithm):
             raise ValueError("env=None is not allowed: a new model needs an environment")
         self._check_rollout_size()
         self._check_policy()
-        self._warn_of_unused_arguments(self._given_arguments)
         self._build()
         if not self._fits_loop(self.rollout_buffer):
             self._check_sb3s_loop()

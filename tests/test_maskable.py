@@ -24,11 +24,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from sb3_trpo import MaskableTRPO
+from sb3_trpo.adapters.models import actor_mlp, critic_mlp
 from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.optim.distributions import components, has_closed_form
 from sb3_trpo.optim.fisher import FisherOperator
 from sb3_trpo.optim.kfac import KFACPreconditioner, kfac_layers
-from sb3_trpo.optim.mlp import actor_mlp, critic_mlp
 from sb3_trpo.optim.objective import Surrogate
 from sb3_trpo.optim.parameters import flatten
 from sb3_trpo.policies import actor_parameters
@@ -167,7 +167,7 @@ class Case:
 @pytest.fixture(params=[Double, LearnedDouble], ids=["chain", "general"])
 def extractor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[FlattenExtractor]:
     if request.param is Double:  # else only SB3's own extractor, which is of float32, is known to be flat
-        monkeypatch.setattr("sb3_trpo.optim.mlp.FlattenExtractor", Double)
+        monkeypatch.setattr("sb3_trpo.adapters.models.FlattenExtractor", Double)
     return request.param
 
 

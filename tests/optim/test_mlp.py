@@ -17,11 +17,12 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Normal
 
+from sb3_trpo.adapters.models import actor_mlp, critic_mlp
 from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.optim.fisher import FisherOperator, GGNProduct, mlp_fisher_product
 from sb3_trpo.optim.kfac import kfac_layers
 from sb3_trpo.optim.layers import recorded_calls
-from sb3_trpo.optim.mlp import ELEMENTWISE, MLP, MLPJacobian, actor_mlp, chain, critic_mlp
+from sb3_trpo.optim.mlp import ELEMENTWISE, MLP, MLPJacobian, chain
 from sb3_trpo.optim.objective import ModelOutput, Surrogate
 from sb3_trpo.optim.parameters import flatten, unflatten
 from sb3_trpo.policies import actor_parameters, critic_parameters
