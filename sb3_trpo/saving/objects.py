@@ -5,6 +5,7 @@ An attribute that is not in the list of its class is refused, so is one that is 
 
 import math
 import pickle
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,7 +22,8 @@ from sb3_trpo.saving.pickle_records import UNSET, Record, RefusedError, label
 
 Check = Callable[[Any], bool]
 MAX_COUNT = 2**62
-GymRunningMeanStd: Any = type(NormalizeObservation.__init__.__globals__["RunningMeanStd"]())
+#: Gymnasium's own running moments, which its versions keep in different modules.
+GymRunningMeanStd: Any = vars(sys.modules[NormalizeObservation.__module__])["RunningMeanStd"]
 
 
 def _is(*kinds: type) -> Check:

@@ -102,15 +102,15 @@ class Reference:
     key: Any
 
 
-class _Mapping(list[tuple[Any, Any]]):
+class Mapping(list[tuple[Any, Any]]):
     """A dictionary as pairs: keys are hashed only after they are checked."""
 
 
-class _Members(list[Any]):
+class Members(list[Any]):
     """A set."""
 
 
-class _FrozenMembers(list[Any]):
+class FrozenMembers(list[Any]):
     """A frozen set."""
 
 
@@ -122,7 +122,7 @@ SCALARS = frozenset(
     }
 )
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-CONTAINERS: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": _Mapping, "EMPTY_SET": _Members}
+CONTAINERS: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": Mapping, "EMPTY_SET": Members}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -208,7 +208,7 @@ class _Machine:
         self._push(tuple(self._pop_mark()), CONTAINER_BYTES)
 
     def make_frozenset(self, _: Any) -> None:
-        self._push(_FrozenMembers(self._pop_mark()), CONTAINER_BYTES)
+        self._push(FrozenMembers(self._pop_mark()), CONTAINER_BYTES)
 
     def name_text(self, argument: str) -> None:
         self._name(*argument.split(" ", 1))
@@ -248,14 +248,14 @@ class _Machine:
 
     def add(self, values: list[Any]) -> None:
         target = self._top()
-        if not isinstance(target, _Members):
+        if not isinstance(target, Members):
             raise RefusedError(f"adding to {label(target)}")
         target.extend(values)
 
     def set_items(self, values: list[Any]) -> None:
         target = self._top()
         pairs = target.pairs if isinstance(target, Record) else target
-        if not isinstance(target, (Record, _Mapping)) or len(values) % 2:
+        if not isinstance(target, (Record, Mapping)) or len(values) % 2:
             raise RefusedError(f"setting an item of {label(target)}")
         self._budget.spend(MEMO_BYTES * (len(values) // 2))
         pairs.extend(zip(values[::2], values[1::2], strict=True))

@@ -20,13 +20,13 @@ from sb3_trpo.saving.constructors import CONSTRUCTORS, NESTED_GLOBALS
 from sb3_trpo.saving.pickle_records import (
     UNSET,
     Budget,
+    FrozenMembers,
     Global,
+    Mapping,
+    Members,
     Record,
     Reference,
     RefusedError,
-    _FrozenMembers,
-    _Mapping,
-    _Members,
     label,
     read_records,
 )
@@ -128,13 +128,13 @@ class RestrictedUnpickler:
             return self.persistent_load(key), size
         if isinstance(node, Record):
             return self._call(node)
-        if isinstance(node, _Mapping):
+        if isinstance(node, Mapping):
             keys, size = self._make_all([key for key, _ in node])
             values, more = self._make_all([value for _, value in node])
             return dict(zip(map(_checked_key, keys), values, strict=True)), size + more
         values, size = self._make_all(node)
-        if isinstance(node, (_Members, _FrozenMembers)):
-            kind = set if isinstance(node, _Members) else frozenset
+        if isinstance(node, (Members, FrozenMembers)):
+            kind = set if isinstance(node, Members) else frozenset
             return kind(map(_checked_key, values)), size
         return (tuple(values) if isinstance(node, tuple) else values), size
 

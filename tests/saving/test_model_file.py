@@ -91,6 +91,17 @@ def test_load_reads_numpys_numbers_among_the_arguments(tmp_path: Path) -> None:
     assert loaded.policy.optimizer.param_groups[0]["eps"] == 1e-6
 
 
+@pytest.mark.parametrize("wrapper", [gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward])
+def test_resume_reads_gymnasiums_normalizers(wrapper: Any, tmp_path: Path) -> None:
+    model = make(make_vec_env("Pendulum-v1", 1, wrapper_class=wrapper)).learn(N_STEPS)
+    model.save_checkpoint(tmp_path / "model")
+    model.learn(N_STEPS, reset_num_timesteps=False)
+
+    resumed = TRPO.resume(tmp_path / "model", make_vec_env("Pendulum-v1", 1, wrapper_class=wrapper), device="cpu")
+    resumed.learn(N_STEPS, reset_num_timesteps=False)
+    assert th.equal(resumed.policy.action_net.weight, model.policy.action_net.weight)
+
+
 @pytest.mark.parametrize("algorithm", [TRPO, NPG, RecurrentTRPO, MaskableTRPO])
 def test_allowed_attributes_are_those_that_save_writes(algorithm: type[Any], tmp_path: Path) -> None:
     policy = "MlpLstmPolicy" if algorithm is RecurrentTRPO else "MlpPolicy"
