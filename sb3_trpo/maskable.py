@@ -27,7 +27,8 @@ from torch import nn
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.critic import CriticFit
 from sb3_trpo.rollouts.eligibility import supports_deferred_evaluation
-from sb3_trpo.rollouts.samplers import ActionSampler, Observations, make_numpy_sampler
+from sb3_trpo.rollouts.fast_step import Observations
+from sb3_trpo.rollouts.samplers import ActionSampler, make_numpy_sampler
 from sb3_trpo.trpo import TRPO
 
 SelfMaskableTRPO = TypeVar("SelfMaskableTRPO", bound="MaskableTRPO")

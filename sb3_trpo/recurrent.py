@@ -28,7 +28,8 @@ from sb3_trpo.arguments import Rule, one_of
 from sb3_trpo.constructors import checked, takes_arguments_of
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.rollouts.collect import Truncation, stack_observations
-from sb3_trpo.rollouts.samplers import ActionSampler, Observations, resamples_noise
+from sb3_trpo.rollouts.fast_step import Observations
+from sb3_trpo.rollouts.samplers import ActionSampler, resamples_noise
 from sb3_trpo.trpo import TRPO
 
 MlpLstmPolicy = RecurrentActorCriticPolicy

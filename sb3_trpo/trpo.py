@@ -89,16 +89,14 @@ from sb3_trpo.rollouts.collect import (
     find_truncations,
     stack_observations,
     widen_observations,
-    write_decisions,
-    write_outcomes,
+    write_step,
 )
 from sb3_trpo.rollouts.eligibility import draws_random_numbers, has_known_modules, has_own_forward, numpy_mlp
-from sb3_trpo.rollouts.fast_step import fast_step_fn
+from sb3_trpo.rollouts.fast_step import Observations, copy_observations, fast_step_fn
 from sb3_trpo.rollouts.samplers import (
     ActionSampler,
-    Observations,
+    NumpyActionSampler,
     action_transform,
-    copy_observations,
     make_sampler,
     resamples_noise,
 )
@@ -478,16 +476,18 @@ class TRPO(ResumableAlgorithm):
                     return self._collect_by_sb3(env, callback, rollout_buffer, n_rollout_steps)
             self.policy.set_training_mode(False)
             rollout_buffer.reset()
-            widen_observations(rollout_buffer, self._last_obs)  # type: ignore[arg-type]
+            self._last_obs = copy_observations(self._last_obs)  # type: ignore[arg-type]
+            widen_observations(rollout_buffer, self._last_obs)
             callback.on_rollout_start()
             actor = self._make_actor(env, callback, n_rollout_steps)
-            to_env, step = action_transform(self.policy), fast_step_fn(env)
+            act, to_env, step = actor.act, action_transform(self.policy), fast_step_fn(env)
 
             n_steps = 0
             while n_steps < n_rollout_steps:
-                obs = copy_observations(self._last_obs)  # type: ignore[arg-type]
-                actions = actor.act(obs, n_steps)
-                check.check_actions(actions)
+                obs: Observations = self._last_obs  # type: ignore[assignment]
+                actions = act(obs, n_steps)
+                if not self.check_observations:
+                    check.check_actions(actions)
                 clipped_actions = to_env(actions)
                 new_obs, rewards, dones, infos = step(clipped_actions)
                 check(new_obs, rewards)
@@ -497,8 +497,7 @@ class TRPO(ResumableAlgorithm):
                     return False
 
                 self._update_info_buffer(infos, dones)
-                write_decisions(rollout_buffer, n_steps, obs, actions)
-                write_outcomes(rollout_buffer, n_steps, rewards, self._last_episode_starts)  # type: ignore[arg-type]
+                write_step(rollout_buffer, n_steps, obs, actions, rewards, self._last_episode_starts)  # type: ignore[arg-type]
                 if dones.any():
                     truncations = find_truncations(n_steps, dones, infos)
                     check.check_truncations(truncations)
@@ -506,7 +505,7 @@ class TRPO(ResumableAlgorithm):
                 self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
                 n_steps += 1
 
-            actor.finish(copy_observations(new_obs), dones)  # type: ignore[arg-type]
+            actor.finish(self._last_obs, dones)  # type: ignore[arg-type]
             check.check_evaluation(rollout_buffer)
             callback.update_locals({**locals(), **actor.variables()})
             callback.on_rollout_end()
@@ -532,8 +531,9 @@ class TRPO(ResumableAlgorithm):
         """
         sampler = self._make_sampler(env, n_rollout_steps)
         changes_by_itself = False
-        if sampler is not None and numpy_mlp(self.policy) is None and not has_known_modules(self.policy):
-            observations = obs_as_tensor(copy_observations(self._last_obs), self.device)  # type: ignore[arg-type]
+        calls_policy = sampler is not None and not isinstance(sampler, NumpyActionSampler)
+        if calls_policy and not has_known_modules(self.policy) and numpy_mlp(self.policy) is None:
+            observations = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
             changes_by_itself = True
             sampler = None if draws_random_numbers(self.policy, observations) else sampler
         is_known = are_known(callback)

@@ -234,7 +234,7 @@ def assert_equal(actual: Any, expected: Any, what: str, tolerance: float = 1e-5)
 def deviations(model: Any, inputs: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """Actions less their means, and their standard deviations, by the distribution that is trained."""
     parts = torch_distributions(model, inputs)
-    if model.policy.squash_output:
+    if model.policy.squash_output and model.use_sde:
         actions = actions.atanh()
     errors, spreads = [], []
     for i, part in enumerate(parts):
