@@ -84,7 +84,7 @@ def test_an_exported_file_holds_no_pickle_and_is_written_whole(tmp_path: Path) -
 def test_without_onnx_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
 
-    with pytest.raises(ImportError, match=r"sb3_trpo\[onnx\]"):
+    with pytest.raises(ImportError, match=r"\.\[onnx\]"):
         export_onnx(train("box", False), tmp_path / "policy.onnx")
 
 
