@@ -32,7 +32,7 @@ from sb3_trpo import trpo
 from sb3_trpo.optim.batch import read_rollout
 from sb3_trpo.optim.parameters import Snapshot
 from sb3_trpo.policies import actor_parameters
-from sb3_trpo.rollouts import fast_step, samplers
+from sb3_trpo.rollouts import actor, fast_step, samplers
 
 N_STEPS, N_ENVS = 1024, 2
 BOOKS = "callbacks, episode statistics"
@@ -53,7 +53,7 @@ OURS: list[Patch] = [
     (fast_step, "step_normalize", "normalising"),
     (samplers.NumpyActionSampler, "__call__", "acting"),
     (samplers.NumpyActionSampler, "__init__", "acting"),
-    (trpo, "evaluate_rollout", "evaluating"),
+    (actor.RolloutActor, "finish", "evaluating"),
     (trpo, "write_step", "buffer"),
     (CallbackList, "on_step", BOOKS),
     (OnPolicyAlgorithm, "_update_info_buffer", BOOKS),

@@ -42,6 +42,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
     #: Whether to train together with the other processes that ``torchrun`` started: True if there must be some, False for
     #: none, None for those there are.
     distributed: bool | None = None
+    #: Whether to refuse observations with a NaN or an infinity.
+    check_observations: bool = True
     #: Seconds that a process waits for the others before the training ends with an error.
     rank_timeout: float = 1800.0
     #: Whether the latest rollout was stopped before its end, and no update followed.
@@ -277,7 +279,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         with merged(synchronization.running_moments_of(self.env), self._ranks), kept_statistics(self.env):
             result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
             if self.env is not None:
-                EnvOutputCheck(self.env, self.num_timesteps).check_start(self._last_obs)
+                EnvOutputCheck(self.env, self.num_timesteps, self.check_observations).check_start(self._last_obs)
         self._start_counting(reset_num_timesteps)
         return result
 

@@ -738,6 +738,7 @@ class TRPO(ResumableAlgorithm):
             shrink=self.line_search_shrinking_factor,
             max_iter=self.line_search_max_iter,
             min_improvement=self.line_search_accept_ratio * expected,
+            slope=expected,
         )
         if search.outcome is LineSearchStatus.REJECTED:
             before.restore()

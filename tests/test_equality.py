@@ -12,11 +12,21 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from support import rows
-from support.equality import SB3S_LOOP, Row, Run, as_functions, assert_equal, deviations, kl_divergence, torch_distributions
+from support.equality import (
+    SB3S_LOOP,
+    Row,
+    Run,
+    as_functions,
+    assert_equal,
+    contents,
+    deviations,
+    kl_divergence,
+    torch_distributions,
+)
 from support.rows import DICT, DOUBLE, HALF, READS, Changer, image, nested
 from torch import nn
 
-from sb3_trpo import MaskableTRPO, RecurrentTRPO
+from sb3_trpo import TRPO, MaskableTRPO, RecurrentTRPO
 
 DISCRETE, MULTI_DISCRETE, MULTI_BINARY = spaces.Discrete(4), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3)
 CNN: dict[str, Any] = {"policy": "CnnPolicy", "n_steps": 12}
@@ -192,8 +202,8 @@ class TestEquality:
         """Inside δ, along (F + λI)⁻¹ g, however F was multiplied and conjugate gradients preconditioned."""
         if not (row.updates and row.stays):
             pytest.skip("the policy changes with every call")
-        model = Run(row, row.algorithm.collect_rollouts, n_rollouts=1).model
-        model.cg_max_steps, model.cg_residual_tol, model.target_kl = 200, 1e-6, 1e-3
+        exact = {"cg_max_steps": 200, "cg_residual_tol": 1e-6, "target_kl": 1e-3}
+        model = Run(row, row.algorithm.collect_rollouts, n_rollouts=1, **exact).model
         model.policy.set_training_mode(False)
         rollout = model._read_rollout()
         actor, direction = dense_direction(model, rollout)
@@ -209,6 +219,35 @@ class TestEquality:
         assert step.norm() > 0.0
         if direction is not None:
             assert th.cosine_similarity(step, direction, dim=0) > 0.995
+
+
+def test_networks_that_draw_random_numbers_are_called_as_in_sb3s_loop():
+    """The same draws, so that nothing need be replayed."""
+    row = Row(extractor=rows.Noisy, read="by_key")
+    ours, sb3s = Run(row, TRPO.collect_rollouts), Run(row, SB3S_LOOP[TRPO])
+    assert_equal(ours.buffers, sb3s.buffers, "buffer")
+    assert_equal(ours.readers[0].found, sb3s.readers[0].found, "locals")
+
+
+@pytest.mark.parametrize("n_channels", [1, 3, 4])
+@pytest.mark.parametrize("algorithm", [TRPO, RecurrentTRPO])
+def test_strides_of_the_observations_change_no_bit(n_channels, algorithm):
+    """A resumed model begins with an array in C order, and SB3's transposed images are views in another."""
+    policy = "CnnLstmPolicy" if algorithm is RecurrentTRPO else "CnnPolicy"
+    row = Row(image(n_channels), algorithm=algorithm, arguments={"policy": policy, "n_steps": 12}, policy_kwargs=SMALL_CNN)
+    buffers = []
+    for copy in (False, True):
+        run = Run(row, algorithm.collect_rollouts, n_rollouts=1)
+        if copy:
+            run.model._last_obs = np.array(run.model._last_obs, order="C")
+        else:
+            run.model._last_obs = np.asfortranarray(run.model._last_obs)
+        th.manual_seed(6)
+        _, callback = run.model._setup_learn(10**6, None, reset_num_timesteps=False)
+        assert run.model.collect_rollouts(run.model.env, callback, run.model.rollout_buffer, 12)
+        buffers.append(contents(run.model.rollout_buffer))
+    for name, array in buffers[0].items():
+        np.testing.assert_array_equal(array, buffers[1][name], err_msg=name)
 
 
 def dense_direction(model: Any, rollout: Any) -> tuple[list[th.Tensor], th.Tensor | None]:

@@ -42,7 +42,8 @@ def actor_mlp(policy: nn.Module) -> MLP | None:
     :param policy: any policy
     :return: the layers, or None if the policy is not SB3's standard MLP policy, unchanged
     """
-    if not _is_standard(policy, ["get_distribution", "extract_features", "_get_action_dist_from_latent"]):
+    methods = ["get_distribution", "extract_features", "_get_action_dist_from_latent"]
+    if not _is_standard(policy, methods, "pi_features_extractor", "policy_net"):
         return None
     family: type = type(policy.action_dist)  # a subclass may have other parameters
     if family not in STATE_INDEPENDENT_NOISE or has_patched_methods(policy.action_dist) or not are_original(family):
@@ -57,23 +58,28 @@ def critic_mlp(policy: nn.Module) -> MLP | None:
     :param policy: any policy
     :return: the layers, or None if the policy is not SB3's standard MLP policy, unchanged
     """
-    if not _is_standard(policy, ["predict_values", "extract_features"]):
+    if not _is_standard(policy, ["predict_values", "extract_features"], "vf_features_extractor", "value_net"):
         return None
     return chain([*policy.mlp_extractor.value_net, policy.value_net])  # type: ignore[union-attr,misc,list-item]
 
 
-def _is_standard(policy: nn.Module, methods: Sequence[str]) -> bool:
-    """Whether the policy feeds flat features to an MlpExtractor the way SB3's own class does, through these methods."""
-    if not isinstance(policy, STANDARD_POLICIES):
-        return False
-    extractor = policy.mlp_extractor
+def _is_standard(policy: nn.Module, methods: Sequence[str], extractor: str, network: str) -> bool:
+    """Whether the policy feeds flat features to a part of an MlpExtractor as SB3's own class does, through these methods."""
     return (
-        type(extractor) is MlpExtractor
-        and type(extractor.policy_net) is type(extractor.value_net) is nn.Sequential
-        and type(policy.features_extractor) is FlattenExtractor
+        isinstance(policy, STANDARD_POLICIES)
+        and is_plain(policy)
+        and type(policy.mlp_extractor) is MlpExtractor
+        and type(getattr(policy.mlp_extractor, network)) is nn.Sequential
+        and _only_flattens(getattr(policy, extractor))
         and all(
             getattr(type(policy), method) in [getattr(standard, method) for standard in STANDARD_POLICIES]
             for method in methods
         )
-        and is_plain(policy)
+    )
+
+
+def _only_flattens(extractor: nn.Module) -> bool:
+    flatten = getattr(extractor, "flatten", None)
+    return (
+        type(extractor) is FlattenExtractor and type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
     )

@@ -179,14 +179,16 @@ def fit_gauss_newton(
             rtol=cg_residual_tol,
             M=inverse,
         )
-        improved = _improve(regression, solution.x, critic)
+        improved = _improve(regression, solution.x, 2.0 * float(gradient.dot(solution.x)), critic)
         if improved is None:
             return CriticFit([regression.loss], taken > 0)
         regression = improved
     return CriticFit([regression.loss], True)
 
 
-def _improve(regression: ValueRegression, step: th.Tensor, critic: Sequence[nn.Parameter]) -> ValueRegression | None:
+def _improve(
+    regression: ValueRegression, step: th.Tensor, slope: float, critic: Sequence[nn.Parameter]
+) -> ValueRegression | None:
     """Take the step, or the first of its halves that lowers the loss; else put the critic back."""
     before = Snapshot(critic)
     start = flatten(critic).detach()
@@ -198,7 +200,9 @@ def _improve(regression: ValueRegression, step: th.Tensor, critic: Sequence[nn.P
         candidate = regression.anew()
         return Evaluation(objective=-candidate.loss, kl=0.0)
 
-    search = backtracking_line_search(evaluate, Evaluation(-regression.loss, 0.0), target_kl=0.0, shrink=0.5, max_iter=6)
+    search = backtracking_line_search(
+        evaluate, Evaluation(-regression.loss, 0.0), target_kl=0.0, shrink=0.5, max_iter=6, slope=slope
+    )
     if search.outcome is LineSearchStatus.ACCEPTED:
         return candidate
     before.restore()

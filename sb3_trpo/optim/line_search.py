@@ -81,13 +81,16 @@ def backtracking_line_search(
     shrink: float,
     max_iter: int,
     min_improvement: float = 0.0,
+    slope: float = 0.0,
 ) -> LineSearchResult:
     """
     The first of ever smaller fractions whose point improves the objective inside the trust region.
 
     A point that does not improve enough is followed by one α times as far. A point outside the trust region is followed by
     the one where a quadratic KL through it would meet the bound, less 1 %: backtracking by α, as in Schulman et al. 2015,
-    appendix C, would leave up to a share 1 − α² of the region unused.
+    appendix C, would leave up to a share 1 − α² of the region unused. A KL that is not finite is far outside: a tenth of
+    the fraction is next. The last points are to find a step at all: where the chord of the KL meets the bound, if the KL
+    starts above 0 (a convex one is inside there), and where the parabola of start, slope and last point has its maximum.
 
     :param evaluate: fraction ↦ objective and KL at θ + fraction·βs (it leaves the parameters there)
     :param start: the point at θ, inside the trust region
@@ -96,6 +99,7 @@ def backtracking_line_search(
     :param max_iter: bound on the number of points tried
     :param min_improvement: least improvement of the objective by the full step, and by a fraction of it in proportion; it
         must be above 0 in any case
+    :param slope: improvement by the full step if the objective were linear; 0 if unknown
     :return: the accepted point, or a rejection; the caller restores θ then
     """
     fraction = 1.0
@@ -105,6 +109,13 @@ def backtracking_line_search(
         # A NaN fails every comparison, an infinite objective is no improvement that can be trusted.
         if point.kl <= target_kl and 0.0 < improvement < math.inf and improvement >= fraction * min_improvement:
             return LineSearchResult(LineSearchStatus.ACCEPTED, fraction, backtracks, point)
-        outside = target_kl < point.kl < math.inf
-        fraction *= 0.99 * math.sqrt((target_kl - start.kl) / (point.kl - start.kl)) if outside else shrink
+        if target_kl < point.kl < math.inf:
+            chord = (target_kl - start.kl) / (point.kl - start.kl)
+            fraction *= 0.99 * (chord if backtracks >= max_iter - 3 and start.kl > 0.0 else math.sqrt(chord))
+        elif not point.kl < math.inf:
+            fraction *= min(shrink, 0.1)
+        else:
+            missing = fraction * slope - improvement
+            is_last = backtracks == max_iter - 2 and 0.0 < fraction * slope < missing < math.inf
+            fraction *= 0.5 * fraction * slope / missing if is_last else shrink
     return LineSearchResult(LineSearchStatus.REJECTED, 0.0, max_iter, start)

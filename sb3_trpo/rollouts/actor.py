@@ -186,8 +186,9 @@ class RolloutActor:
             self._bootstraps += zip(truncations, self._algorithm._truncated_values(truncations), strict=True)
 
     def _rows(self, first: int, stop: int) -> RolloutBatch:
-        n_envs = self._buffer.n_envs
-        return self._algorithm._read_rollout().select(slice(first * n_envs, stop * n_envs))
+        n_envs, rollout = self._buffer.n_envs, self._algorithm._read_rollout()
+        is_whole = first == 0 and stop == self._buffer.buffer_size
+        return rollout if is_whole else rollout.select(slice(first * n_envs, stop * n_envs))
 
     def _unevaluated(self) -> dict[str, Any]:
         obs_tensor = obs_as_tensor(self._observations, self._policy.device)

@@ -11,7 +11,6 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common import distributions, policies, torch_layers
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
 from sb3_trpo import actions
@@ -27,7 +26,7 @@ remember(MaskableActorCriticPolicy)
 
 #: Methods that act or evaluate. All others, such as `_get_action_dist_from_latent`, are called by each of them alike.
 ACTING_METHODS = ("forward", "extract_features", "get_distribution", "evaluate_actions", "predict_values")
-#: Classes whose methods act, those that derive from another one first.
+#: Classes whose methods belong together, the most specific first.
 STANDARD_POLICIES = (MaskableActorCriticPolicy, BoundedActionPolicy, ActorCriticPolicy)
 NUMPY_ACTIVATIONS = (nn.Tanh, nn.ReLU)
 
@@ -38,7 +37,7 @@ def has_own_forward(policy: BasePolicy) -> bool:
 
     :param policy: the policy
     """
-    return type(policy).forward not in [standard.forward for standard in STANDARD_POLICIES]
+    return type(policy).forward not in {standard.forward for standard in STANDARD_POLICIES}
 
 
 def supports_deferred_evaluation(policy: BasePolicy) -> bool:
@@ -53,7 +52,7 @@ def supports_deferred_evaluation(policy: BasePolicy) -> bool:
 def _acts_as_its_class(policy: BasePolicy) -> bool:
     """Whether the policy acts by SB3's methods, without hooks."""
     cls = type(policy)
-    standard = next((policy_class for policy_class in STANDARD_POLICIES if issubclass(cls, policy_class)), ActorCriticPolicy)
+    standard = next(each for each in STANDARD_POLICIES if issubclass(cls, each))
     return (
         all(getattr(cls, method) is getattr(standard, method) for method in ACTING_METHODS)
         and are_original(cls, type(policy.action_dist))
@@ -97,28 +96,13 @@ def numpy_mlp(policy: BasePolicy) -> MLP | None:
 
     :param policy: the policy
     """
-    if not (_acts_as_its_class(policy) and is_plain(policy) and _is_standard_mlp(policy)):
-        return None
-    mlp = actor_mlp(policy)
+    mlp = actor_mlp(policy) if _acts_as_its_class(policy) else None
     tensors = [] if mlp is None else [*mlp.parameters, *([policy.log_std] if hasattr(policy, "log_std") else [])]
     fits = (
         mlp is not None
-        and not has_patched_methods(policy.action_dist)
         and type(policy.observation_space) is spaces.Box
         and not is_image_space(policy.observation_space)
         and all(type(activation) in NUMPY_ACTIVATIONS for activation in mlp.activations)
         and all(tensor.dtype is th.float32 and tensor.device.type == "cpu" for tensor in tensors)
     )
     return mlp if fits else None
-
-
-def _is_standard_mlp(policy: BasePolicy) -> bool:
-    """Whether the policy's modules are those that SB3's ``MlpPolicy`` has."""
-    extractor, networks = getattr(policy, "pi_features_extractor", None), getattr(policy, "mlp_extractor", None)
-    return (
-        type(extractor) is FlattenExtractor
-        and type(extractor.flatten) is nn.Flatten
-        and (extractor.flatten.start_dim, extractor.flatten.end_dim) == (1, -1)
-        and type(networks) is MlpExtractor
-        and type(networks.policy_net) is nn.Sequential
-    )

@@ -7,6 +7,7 @@ from torch.distributions import Bernoulli, Categorical, Normal, VonMises, kl_div
 from sb3_trpo.optim.batch import map_inputs
 from sb3_trpo.optim.distributions import (
     components,
+    constant,
     detach,
     fisher_metric,
     fisher_root,
@@ -204,3 +205,24 @@ def test_validation_that_was_off_stays_off():
         with without_validation():
             pass
         Normal(tensor([float("nan")]), tensor([1.0]))
+
+
+class HoldsGraph(Normal):
+    """A user's family that keeps what it was computed from, and nests it."""
+
+    def __init__(self, loc, scale):
+        super().__init__(loc, scale)
+        self.history = {"latent": [2.0 * loc], "self": self}
+
+
+def test_constant_copies_distributions_that_hold_tensors_of_a_graph():
+    weight = th.ones(3, requires_grad=True)
+    held = HoldsGraph(weight * 2.0, weight.exp())
+    (copied,) = constant((held,))
+    assert not copied.loc.requires_grad
+    assert not copied.history["latent"][0].requires_grad
+    assert copied.history["self"] is copied
+    assert held.loc.requires_grad
+    with th.no_grad():
+        weight.zero_()
+    assert copied.loc.tolist() == [2.0] * 3

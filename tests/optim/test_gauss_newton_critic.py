@@ -383,3 +383,16 @@ def test_few_iterations_give_nearly_all_of_the_exact_step():
         before.restore()
         gains.append(start - fit(net, other, damping=0.1, cg_max_steps=iterations, tol=1e-6).value_loss)
     assert gains[0] > 0.9 * gains[1]
+
+
+@pytest.mark.parametrize("damping", [0.03, 1e-3])
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_iterations_beyond_attainable_accuracy_cost_no_fit(scale, damping):
+    """Far more iterations than single precision can use, and no tolerance: the fit is that of the converged step."""
+    data = rollout(dtype=th.float32, scale=scale)
+    exact, endless = network(16, dtype=th.float32), network(16, dtype=th.float32)
+    few = fit(exact, data, damping=damping, cg_max_steps=60, tol=1e-4)
+    many = fit(endless, data, damping=damping, cg_max_steps=1000, tol=0.0)
+    assert few.succeeded
+    assert many.succeeded
+    assert many.value_loss == pytest.approx(few.value_loss, rel=0.05)

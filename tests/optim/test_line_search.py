@@ -75,8 +75,39 @@ REFUSED = {
 @pytest.mark.parametrize("refused", REFUSED.values(), ids=REFUSED)
 def test_backtracks_past_a_point_that_will_not_do(refused):
     result, fractions = search([refused, refused, GOOD])
-    assert result == LineSearchResult(LineSearchStatus.ACCEPTED, 0.25, 2, GOOD)
-    assert fractions == [1.0, 0.5, 0.25]
+    factor = 0.5 if math.isfinite(refused.kl) else 0.1
+    assert fractions == pytest.approx([1.0, factor, factor**2])
+    assert result == LineSearchResult(LineSearchStatus.ACCEPTED, fractions[-1], 2, GOOD)
+
+
+def test_chord_of_a_kl_that_does_not_start_at_its_minimum():
+    """A convex KL stays below its chord: near the bound from the start, the square root would miss again and again."""
+    start, kls = Evaluation(1.0, 0.999 * TARGET_KL), []
+
+    def evaluate(fraction):
+        kls.append(start.kl + fraction + fraction**2)
+        return Evaluation(1.0 + fraction, kls[-1])
+
+    result = backtracking_line_search(evaluate, start, target_kl=TARGET_KL, shrink=0.5, max_iter=10)
+    assert result.outcome is LineSearchStatus.ACCEPTED
+    assert len(kls) == 9
+
+
+def test_last_point_is_the_maximum_of_the_parabola():
+    """f(t) = at − bt² rises by at most a²/4b at t = a/2b, far below what backtracking reaches."""
+    a, b = 1e-3, 1.0
+    tried = []
+
+    def evaluate(fraction):
+        tried.append(fraction)
+        return Evaluation(1.0 + a * fraction - b * fraction**2, 0.0)
+
+    result = backtracking_line_search(evaluate, START, target_kl=TARGET_KL, shrink=0.8, max_iter=5, slope=a)
+    assert result.outcome is LineSearchStatus.ACCEPTED
+    assert tried == pytest.approx([1.0, 0.8, 0.64, 0.512, a / (2 * b)])
+    tried.clear()
+    result = backtracking_line_search(evaluate, START, target_kl=TARGET_KL, shrink=0.8, max_iter=5)
+    assert (result.outcome, tried[-1]) == (LineSearchStatus.REJECTED, pytest.approx(0.8**4))
 
 
 def test_point_outside_is_followed_by_the_boundary_of_a_quadratic_kl():
@@ -112,12 +143,13 @@ def test_kl_may_equal_its_bound():
 def test_rejects_after_the_last_try_with_the_start_point(refused):
     result, fractions = search([refused] * 3, max_iter=3)
     assert result == LineSearchResult(LineSearchStatus.REJECTED, 0.0, 3, START)
-    assert fractions == [1.0, 0.5, 0.25]
+    factor = 0.5 if math.isfinite(refused.kl) else 0.1
+    assert fractions == pytest.approx([1.0, factor, factor**2])
 
 
 def test_good_point_at_the_last_try_counts():
     result, _ = search([REFUSED["kl_inf"]] * 2 + [GOOD], max_iter=3)
-    assert result == LineSearchResult(LineSearchStatus.ACCEPTED, 0.25, 2, GOOD)
+    assert result == LineSearchResult(LineSearchStatus.ACCEPTED, pytest.approx(0.01), 2, GOOD)
 
 
 @pytest.mark.parametrize("start", [Evaluation(NAN, 0.0), Evaluation(INF, 0.0)], ids=["nan", "inf"])

@@ -1,6 +1,7 @@
 """Runs a row of the equality harness: through the package's loop, and through SB3's with the same actions."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,11 +142,14 @@ class Run:
     :param loop: collects them
     :param actions: to take in place of those that are sampled; None to sample
     :param n_rollouts: how many
+    :param changes: arguments of the algorithm, in place of the row's
     """
 
-    def __init__(self, row: Row, loop: Any, actions: list[np.ndarray] | None = None, n_rollouts: int = 2) -> None:
+    def __init__(
+        self, row: Row, loop: Any, actions: list[np.ndarray] | None = None, n_rollouts: int = 2, **changes: Any
+    ) -> None:
         # SB3 bootstraps with the observation after the reset where an environment writes into one array: no example to follow.
-        self.model = make_model(row, one_array=actions is None)
+        self.model = make_model(row, one_array=actions is None, **changes)
         self.watch, self.readers = Watch(), [Reader(READS[row.read])] if row.read else []
         changers = [] if row.change is None else [row.change()]
         # A reader before and one behind the callback that changes the policy: both find what the acting policy said.
@@ -157,7 +161,7 @@ class Run:
         callback.on_training_start({"total_timesteps": 10**6}, {})
         self.buffers = []
         th.manual_seed(5)
-        with Defaults(row):
+        with Defaults(row), raw_actions(self.model.policy) if actions is not None else nullcontext():
             for _ in range(n_rollouts):
                 assert loop(self.model, self.model.env, callback, self.model.rollout_buffer, self.model.n_steps)
                 self.buffers.append(contents(self.model.rollout_buffer))
