@@ -16,8 +16,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_trpo.actions import BoundedActionPolicy
-from sb3_trpo.optim.batch import ARRAY_BUFFERS, RolloutBatch
+from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.rollouts.advantages import generalized_advantages
+from sb3_trpo.rollouts.buffers import ARRAY_BUFFERS
 from sb3_trpo.rollouts.samplers import Observations
 
 

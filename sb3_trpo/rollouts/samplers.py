@@ -13,7 +13,8 @@ from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
 from sb3_trpo.actions import BoundedActionPolicy
-from sb3_trpo.optim.mlp import MLP, actor_mlp
+from sb3_trpo.adapters.models import actor_mlp
+from sb3_trpo.optim.mlp import MLP
 
 Observations = np.ndarray | dict[str, np.ndarray]
 
@@ -53,16 +54,16 @@ def make_numpy_sampler(policy: BasePolicy, n_steps: int, n_envs: int) -> "NumpyA
     :param n_envs: number of environments
     :return: the actor, or None
     """
-    chain = actor_mlp(policy)
+    mlp = actor_mlp(policy)
     lean = (
-        chain is not None
+        mlp is not None
         and policy.device.type == "cpu"
         and type(policy.observation_space) is spaces.Box
         and not is_image_space(policy.observation_space)
-        and all(type(activation) in NUMPY_ACTIVATIONS for activation in chain.activations)
-        and chain.layers[0].weight.dtype == th.float32
+        and all(type(activation) in NUMPY_ACTIVATIONS for activation in mlp.activations)
+        and mlp.layers[0].weight.dtype == th.float32
     )
-    return NumpyActionSampler(policy, chain, n_steps, n_envs) if lean and chain is not None else None
+    return NumpyActionSampler(policy, mlp, n_steps, n_envs) if lean and mlp is not None else None
 
 
 def action_transform(policy: ActorCriticPolicy) -> Callable[[np.ndarray], np.ndarray]:
@@ -128,17 +129,17 @@ class NumpyActionSampler:
     logistic for MultiBinary, whose sign of the perturbed logit is a sample of the Bernoulli.
 
     :param policy: the policy
-    :param chain: its actor
+    :param mlp: its actor
     :param n_steps: steps in the rollout
     :param n_envs: number of environments
     """
 
-    def __init__(self, policy: BasePolicy, chain: MLP, n_steps: int, n_envs: int) -> None:
+    def __init__(self, policy: BasePolicy, mlp: MLP, n_steps: int, n_envs: int) -> None:
         # Views of the parameters, not copies.
-        self._weights = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in chain.layers]
-        self._activations = [NUMPY_ACTIVATIONS[type(activation)] for activation in chain.activations]
+        self._weights = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in mlp.layers]
+        self._activations = [NUMPY_ACTIVATIONS[type(activation)] for activation in mlp.activations]
         self._space = policy.action_space
-        shape = (n_steps, n_envs, chain.layers[-1].out_features)
+        shape = (n_steps, n_envs, mlp.layers[-1].out_features)
         distribution: Any = policy.action_dist
         #: Number of choices in each part of the action; None where it is not a choice.
         self._choices: list[int] | None = None
