@@ -1,18 +1,58 @@
-"""The fast path for SB3's standard multilayer perceptrons: linear layers with element-wise activations between them.
+"""Recorded calls of layers, and the Jacobian of a multilayer perceptron by matrix products.
 
-For such a chain the products J v and Jᵀ u are a few matrix products on the numbers that the forward pass has left in the
-layers, without a differentiation graph. Everything here equals what autograd gives for the same network.
+In an MLP of linear layers and element-wise activations, J v and Jᵀu are a few matrix products of the inputs that a forward
+pass has recorded, without an autograd graph. The results equal those of autograd.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch as th
 from torch import nn
-
-from sb3_trpo.optim.layers import LayerCall
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 ELEMENTWISE = (nn.Tanh, nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Sigmoid, nn.Softplus, nn.Identity)
+
+
+class LayerCall(NamedTuple):
+    """
+    One call of a layer.
+
+    :param layer: the module
+    :param input: its input, of any batch shape, detached
+    :param output: its output
+    :param edge: edge of the graph at the output, unchanged by later in-place operations
+    """
+
+    layer: nn.Module
+    input: th.Tensor
+    output: th.Tensor
+    edge: GradientEdge
+
+
+@contextmanager
+def recorded_calls(layers: Sequence[nn.Module]) -> Iterator[list[LayerCall]]:
+    """
+    Record the differentiable calls of some layers while the context lasts.
+
+    :param layers: modules that take one tensor, ``input``, and return one
+    :return: context manager of the list of the calls, in order
+    """
+    calls: list[LayerCall] = []
+
+    def record(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: th.Tensor) -> None:
+        if output.requires_grad:
+            inputs = arguments[0] if arguments else keywords["input"]
+            calls.append(LayerCall(layer, inputs.detach(), output, get_gradient_edge(output)))
+
+    # Before the user's own hooks, which may change the output.
+    handles = [layer.register_forward_hook(record, prepend=True, with_kwargs=True) for layer in layers]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class MLP(NamedTuple):
@@ -32,29 +72,29 @@ class MLP(NamedTuple):
         return [parameter for layer in self.layers for parameter in (layer.weight, layer.bias)]
 
 
-def chain(modules: Sequence[nn.Module]) -> MLP | None:
+def as_mlp(modules: Sequence[nn.Module]) -> MLP | None:
     """
-    Read modules that are applied one after the other as a chain.
+    Return the layers if the modules form a plain MLP.
 
-    :param modules: modules in order
-    :return: the chain, or None if they are anything but alternating Linear layers and element-wise activations
+    :param modules: modules in order of application
+    :return: the MLP, or None unless Linear layers with biases and element-wise activations alternate
     """
     layers, activations = list(modules[0::2]), list(modules[1::2])
-    is_chain = (
+    is_mlp = (
         len(layers) == len(activations) + 1
         and all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
         and all(type(activation) in ELEMENTWISE for activation in activations)
         and not any(getattr(activation, "inplace", False) for activation in activations)
     )
-    return MLP(layers, activations) if is_chain else None  # type: ignore[arg-type]
+    return MLP(layers, activations) if is_mlp else None  # type: ignore[arg-type]
 
 
 class MLPJacobian:
     """
-    J of a chain's output with respect to its weights and biases, at a recorded forward pass.
+    Jacobian J of an MLP's output with respect to its weights and biases, at a recorded forward pass.
 
-    :param calls: calls of the chain's layers, in order
-    :param activations: the chain's activations
+    :param calls: calls of the layers, in order
+    :param activations: activations after each layer but the last
     """
 
     def __init__(self, calls: Sequence[LayerCall], activations: Sequence[nn.Module]) -> None:
@@ -65,7 +105,7 @@ class MLPJacobian:
             for activation, call, after in zip(activations, calls[:-1], self._inputs[1:], strict=True)
         ]
 
-    def push(self, tangents: Sequence[th.Tensor]) -> th.Tensor:
+    def jvp(self, tangents: Sequence[th.Tensor]) -> th.Tensor:
         """
         Multiply J with a vector.
 
@@ -82,7 +122,7 @@ class MLPJacobian:
         assert hidden is not None
         return hidden
 
-    def pull(self, cotangent: th.Tensor) -> list[th.Tensor]:
+    def vjp(self, cotangent: th.Tensor) -> list[th.Tensor]:
         """
         Multiply Jᵀ with a vector.
 

@@ -29,7 +29,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 import sb3_trpo.distributed.process_group
 from sb3_trpo import NPG, TRPO, CheckpointCallback, MaskableTRPO, RankError, RecurrentTRPO, latest_checkpoint
-from sb3_trpo.distributed.moments import merged, moments
+from sb3_trpo.distributed.moments import merged
 from sb3_trpo.distributed.process_group import (
     SINGLE_PROCESS,
     SINGLE_RANK,
@@ -40,6 +40,7 @@ from sb3_trpo.distributed.process_group import (
     local_device,
 )
 from sb3_trpo.distributed.synchronization import check_fingerprints
+from sb3_trpo.optim.moments import moments
 from sb3_trpo.optim.parameters import flatten
 
 N_STEPS = 24

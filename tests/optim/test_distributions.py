@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch as th
 from scipy import stats
-from torch.distributions import Bernoulli, Categorical, Normal, VonMises, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Distribution, Normal, VonMises, kl_divergence
 
+from sb3_trpo.adapters.models import components
 from sb3_trpo.optim.batch import map_inputs
 from sb3_trpo.optim.distributions import (
-    components,
     constant,
     detach,
     fisher_metric,
