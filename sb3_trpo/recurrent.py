@@ -26,6 +26,8 @@ from torch import nn
 from sb3_trpo.adapters.sequences import LstmStates, lstm_states, read_sequences, without_cudnn
 from sb3_trpo.arguments import Rule, one_of
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
+from sb3_trpo.optim.distributions import components, has_closed_form
+from sb3_trpo.optim.lstm import gauss_newton_lstms, is_standard
 from sb3_trpo.rollouts.collect import Truncation, bootstrap, stack_observations
 from sb3_trpo.rollouts.samplers import ActionSampler, Observations
 from sb3_trpo.trpo import TRPO
@@ -198,12 +200,16 @@ class RecurrentTRPO(TRPO):
 
     def _distribution(self, inputs: Inputs) -> Distribution:
         observations, states, no_starts = self._apart(inputs, "actor_states")
-        with self._twice_differentiable():
+        with self._fast_products():
+            distribution = self.policy.get_distribution(observations, states, no_starts)[0]
+        if not th.is_grad_enabled() or has_closed_form(components(distribution)):
+            return distribution
+        with self._twice_differentiable():  # the KL of this family is differentiated twice
             return self.policy.get_distribution(observations, states, no_starts)[0]
 
     def _values(self, inputs: Inputs) -> th.Tensor:
         observations, states, no_starts = self._apart(inputs, "critic_states")
-        with self._twice_differentiable() if self.critic_method == "gauss_newton" else nullcontext():
+        with self._fast_products() if self.critic_method == "gauss_newton" else nullcontext():
             return self.policy.predict_values(observations, states, no_starts).flatten()
 
     def _apart(self, inputs: Inputs, name: str) -> tuple[Any, LstmStates, th.Tensor]:
@@ -211,11 +217,21 @@ class RecurrentTRPO(TRPO):
         assert isinstance(inputs, dict)
         return inputs["observations"], lstm_states(inputs[name]), th.zeros(len(inputs[name]), device=self.device)
 
+    @property
+    def _lstms(self) -> list[nn.LSTM]:
+        return [module for module in self.policy.modules() if isinstance(module, nn.LSTM)]
+
+    def _fast_products(self) -> AbstractContextManager[None]:
+        """Let the LSTMs run with derivatives made for Gauss-Newton products, where they are torch's own."""
+        if th.is_grad_enabled() and all(map(is_standard, self._lstms)):
+            return gauss_newton_lstms(self._lstms)
+        return self._twice_differentiable()
+
     def _twice_differentiable(self) -> AbstractContextManager[None]:
         """cuDNN's LSTM cannot be differentiated twice, as the Fisher matrix asks for; torch's own can, and is slower."""
         if self.device.type != "cuda" or not th.is_grad_enabled():
             return nullcontext()
-        return without_cudnn([module for module in self.policy.modules() if isinstance(module, nn.LSTM)])
+        return without_cudnn(self._lstms)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_last_lstm_states", "_next_lstm_states"]
