@@ -52,16 +52,18 @@ class LSTMJacobian(NamedTuple):
         direct = self.inputs @ W.t() + self.hidden_before @ U.t() + b
         if inputs is not None:
             direct += inputs @ self.W.t()
-        length, n, size = self.forget.shape
-        moved = th.empty_like(self.forget)
+        _, n, size = self.forget.shape
         hidden = cell = self.forget.new_zeros(n, size)
+        moved: list[th.Tensor] = []
         U_t = self.U.t()
-        for t in range(length):
-            gates = th.addmm(direct[t], hidden, U_t).view(n, 4, size)
-            into_cell = (gates[:, :3] * self.to_gates[t]).sum(dim=1)
-            cell = th.addcmul(into_cell, self.forget[t], cell)
-            hidden = th.addcmul(self.cell[t] * cell, self.out[t], gates[:, 3], out=moved[t])
-        return moved
+        for row, to_gates, forget, from_cell, out in zip(
+            direct, self.to_gates, self.forget, self.cell, self.out, strict=True
+        ):
+            gates = th.addmm(row, hidden, U_t).view(n, 4, size)
+            cell = th.addcmul((gates[:, :3] * to_gates).sum(dim=1), forget, cell)
+            hidden = th.addcmul(from_cell * cell, out, gates[:, 3])
+            moved.append(hidden)
+        return th.stack(moved)
 
     def pull(self, cotangent: th.Tensor, with_inputs: bool) -> tuple[th.Tensor | None, th.Tensor, th.Tensor, th.Tensor]:
         """
@@ -74,13 +76,16 @@ class LSTMJacobian(NamedTuple):
         length, n, size = self.forget.shape
         gates = self.forget.new_empty(length, n, 4, size)
         hidden = cell = self.forget.new_zeros(n, size)
-        for t in range(length - 1, -1, -1):
-            hidden = cotangent[t] + hidden
-            cell = th.addcmul(cell, hidden, self.cell[t])
-            th.mul(cell.unsqueeze(1), self.to_gates[t], out=gates[t, :, :3])
-            th.mul(hidden, self.out[t], out=gates[t, :, 3])
-            cell = cell * self.forget[t]
-            hidden = gates[t].view(n, -1) @ self.U
+        steps = zip(
+            *(each.unbind() for each in (cotangent, gates, self.to_gates, self.forget, self.cell, self.out)), strict=True
+        )
+        for u, row, to_gates, forget, from_cell, out in reversed(list(steps)):
+            hidden = u + hidden
+            cell = th.addcmul(cell, hidden, from_cell)
+            th.mul(cell.unsqueeze(1), to_gates, out=row[:, :3])
+            th.mul(hidden, out, out=row[:, 3])
+            cell = cell * forget
+            hidden = row.view(n, -1) @ self.U
         rows = gates.view(length * n, -1)
         return (
             (rows @ self.W).view_as(self.inputs) if with_inputs else None,
