@@ -23,13 +23,14 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from sb3_trpo.adapters.plain import is_plain
 from sb3_trpo.adapters.sequences import LstmStates, lstm_states, read_sequences, without_cudnn
 from sb3_trpo.arguments import Rule, one_of
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.distributions import components, has_closed_form
 from sb3_trpo.optim.lstm import gauss_newton_lstms, is_standard
-from sb3_trpo.rollouts.collect import Truncation, bootstrap, stack_observations
-from sb3_trpo.rollouts.samplers import ActionSampler, Observations
+from sb3_trpo.rollouts.collect import Truncation, stack_observations
+from sb3_trpo.rollouts.samplers import ActionSampler, Observations, resamples_noise
 from sb3_trpo.trpo import TRPO
 
 SelfRecurrentTRPO = TypeVar("SelfRecurrentTRPO", bound="RecurrentTRPO")
@@ -96,6 +97,7 @@ class RecurrentTRPO(TRPO):
     argument_rules: ClassVar[dict[str, Rule]] = {**TRPO.argument_rules, "action_bound": one_of(None)}
     policy: RecurrentActorCriticPolicy
     rollout_buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer
+    _step_variables = TRPO._step_variables | {"lstm_states", "episode_starts"}
 
     def __init__(
         self,
@@ -137,58 +139,48 @@ class RecurrentTRPO(TRPO):
         #: LSTM states before the observations that were last acted on, and after them.
         self._last_lstm_states = self._next_lstm_states = RNNStates((zeros, zeros), (zeros, zeros))
 
-    def _can_collect(self, rollout_buffer: RolloutBuffer) -> bool:
+    def _fits_loop(self, rollout_buffer: RolloutBuffer) -> bool:
         return type(rollout_buffer) in (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)
 
-    def _collect_step_by_step(
+    def _collect_by_sb3(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         return RecurrentPPO.collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)  # type: ignore[arg-type]
 
-    def _make_actor(self, env: VecEnv, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> ActionSampler:
-        return self._act
+    def _make_sampler(self, env: VecEnv, n_rollout_steps: int) -> ActionSampler | None:
+        return None  # evaluating later would have to run the LSTMs once more
 
     @th.no_grad()
-    def _act(self, observations: Observations, step: int) -> np.ndarray:
-        """Act, and write into the buffer what comes with it: evaluating later would have to run the LSTMs once more."""
+    def _forward(self, env: VecEnv, observations: Observations, step: int) -> tuple[np.ndarray, dict[str, Any]]:
         policy, buffer = self.policy, self.rollout_buffer
-        if policy.use_sde and (step == 0 or (self.sde_sample_freq > 0 and step % self.sde_sample_freq == 0)):
-            policy.reset_noise(self.n_envs)
+        if policy.use_sde and resamples_noise(step, self.sde_sample_freq):
+            policy.reset_noise(env.num_envs)
         if step > 0:
             self._last_lstm_states = self._next_lstm_states
         before = self._last_lstm_states
-        starts = th.as_tensor(self._last_episode_starts, dtype=th.float32, device=self.device)
-        actions, values, log_probs, self._next_lstm_states = policy(obs_as_tensor(observations, self.device), before, starts)
-        buffer.values[step] = self._value_scale * values.flatten().cpu().numpy()
-        buffer.log_probs[step] = log_probs.cpu().numpy()
+        episode_starts = th.as_tensor(self._last_episode_starts, dtype=th.float32, device=self.device)
+        obs_tensor = obs_as_tensor(observations, self.device)
+        actions, values, log_probs, self._next_lstm_states = policy(obs_tensor, before, episode_starts)
         for name, states in (("pi", before.pi), ("vf", before.vf)):
             for kind, state in zip(("hidden", "cell"), states, strict=True):
                 getattr(buffer, f"{kind}_states_{name}")[step] = state.cpu().numpy()
-        return actions.cpu().numpy()
+        variables = {"obs_tensor": obs_tensor, "values": self._value_scale * values, "log_probs": log_probs}
+        return actions.cpu().numpy(), {**variables, "lstm_states": self._next_lstm_states, "episode_starts": episode_starts}
 
-    @th.no_grad()
-    def _complete_buffer(
-        self, rollout_buffer: RolloutBuffer, truncations: list[Truncation], last_obs: Observations, last_dones: np.ndarray
-    ) -> th.Tensor:
-        final_values = [self._final_value(truncation) for truncation in truncations]
+    def _last_values(self, observations: Observations, dones: np.ndarray) -> th.Tensor:
         self._last_lstm_states = self._next_lstm_states
-        starts = th.as_tensor(last_dones, dtype=th.float32, device=self.device)
-        last_values = self._predict_values(last_obs, self._last_lstm_states.vf, starts)
-        bootstrap(rollout_buffer, truncations, final_values, last_values, last_dones)
-        return last_values
+        starts = th.as_tensor(dones, dtype=th.float32, device=self.device)
+        return self._predict_values(observations, self._last_lstm_states.vf, starts)
 
-    def _final_value(self, truncation: Truncation) -> float:
-        """V of the last observation of an episode, given all of it."""
-        buffer, env = self.rollout_buffer, slice(truncation.env, truncation.env + 1)
-        if truncation.step + 1 < buffer.buffer_size:
-            stored = (buffer.hidden_states_vf[truncation.step + 1], buffer.cell_states_vf[truncation.step + 1])
-            states = [th.as_tensor(state, device=self.device) for state in stored]
-        else:
-            states = [*self._next_lstm_states.vf]
-        of_env = [state[:, env].contiguous() for state in states]
-        return float(
-            self._predict_values(stack_observations([truncation.observation]), of_env, th.zeros(1, device=self.device))
-        )
+    def _truncated_values(self, truncations: list[Truncation]) -> list[float]:
+        """V of the last observations, given the whole episodes; called at the step at which they end."""
+        no_start = th.zeros(1, device=self.device)
+        values: list[float] = []
+        for truncation in truncations:
+            env = slice(truncation.env, truncation.env + 1)
+            states = [state[:, env].contiguous() for state in self._next_lstm_states.vf]
+            values.append(float(self._predict_values(stack_observations([truncation.observation]), states, no_start)))
+        return values
 
     def _predict_values(self, observations: Observations, states: Sequence[th.Tensor], starts: th.Tensor) -> th.Tensor:
         """V of observations, one for each environment."""
@@ -223,7 +215,7 @@ class RecurrentTRPO(TRPO):
 
     def _fast_products(self) -> AbstractContextManager[None]:
         """Let the LSTMs run with derivatives made for Gauss-Newton products, where they are torch's own."""
-        if th.is_grad_enabled() and all(map(is_standard, self._lstms)):
+        if th.is_grad_enabled() and all(is_standard(lstm) and is_plain(lstm) for lstm in self._lstms):
             return gauss_newton_lstms(self._lstms)
         return self._twice_differentiable()
 

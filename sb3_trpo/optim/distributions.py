@@ -6,6 +6,7 @@ KL nor Fisher matrix, so the components before the squashing are all that is nee
 """
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,21 +20,36 @@ from torch.distributions import kl_divergence as torch_kl_divergence
 Components = tuple[TorchDistribution, ...]
 
 
+class _Validation:
+    """Torch's default is global: the first of several threads switches it off, and the last restores it."""
+
+    lock = threading.Lock()
+    n_users = 0
+    default = True
+
+
 @contextmanager
 def without_validation() -> Iterator[None]:
     """
     Switch off torch's checks of distribution arguments.
 
     They raise on the non-finite candidates that a line search is there to reject, and on a GPU each waits for the device.
+    Several threads may do so at once; the default is restored when the last has left.
 
     :return: context manager, also usable as a decorator
     """
-    previous = TorchDistribution._validate_args
-    TorchDistribution.set_default_validate_args(False)
+    with _Validation.lock:
+        if _Validation.n_users == 0:
+            _Validation.default = TorchDistribution._validate_args
+            TorchDistribution.set_default_validate_args(False)
+        _Validation.n_users += 1
     try:
         yield
     finally:
-        TorchDistribution.set_default_validate_args(previous)
+        with _Validation.lock:
+            _Validation.n_users -= 1
+            if _Validation.n_users == 0:
+                TorchDistribution.set_default_validate_args(_Validation.default)
 
 
 def components(distribution: Distribution) -> Components:

@@ -174,13 +174,12 @@ class _Pull(th.autograd.Function):
 
 def is_standard(lstm: nn.Module) -> bool:
     """
-    Return True if :func:`gauss_newton_forward` serves the module.
+    Return True if :func:`gauss_newton_forward` serves a module that does what its class defines.
 
     :param lstm: any module
     """
     return (
         type(lstm) is nn.LSTM
-        and "forward" not in vars(lstm)
         and not (lstm.bidirectional or lstm.batch_first or lstm.proj_size)
         and (lstm.dropout == 0.0 or not lstm.training)
     )
