@@ -29,7 +29,10 @@ from sb3_trpo.arguments import Rule, one_of
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.distributions import components, has_closed_form
 from sb3_trpo.optim.lstm import gauss_newton_lstms, is_standard
+from sb3_trpo.rollouts.actor import RolloutActor
+from sb3_trpo.rollouts.callback_locals import are_known
 from sb3_trpo.rollouts.collect import Truncation, stack_observations
+from sb3_trpo.rollouts.lstm_sampler import NumpyLstmNetworks, serves_lstm
 from sb3_trpo.rollouts.samplers import ActionSampler, Observations, resamples_noise
 from sb3_trpo.trpo import TRPO
 
@@ -138,6 +141,7 @@ class RecurrentTRPO(TRPO):
         zeros = th.zeros(lstm.num_layers, self.n_envs, lstm.hidden_size, device=self.device)
         #: LSTM states before the observations that were last acted on, and after them.
         self._last_lstm_states = self._next_lstm_states = RNNStates((zeros, zeros), (zeros, zeros))
+        self._networks: NumpyLstmNetworks | None = None
 
     def _fits_loop(self, rollout_buffer: RolloutBuffer) -> bool:
         return type(rollout_buffer) in (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)
@@ -146,6 +150,12 @@ class RecurrentTRPO(TRPO):
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         return RecurrentPPO.collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)  # type: ignore[arg-type]
+
+    def _make_actor(self, env: VecEnv, callback: BaseCallback, n_rollout_steps: int) -> RolloutActor:
+        # A callback of the user's own may change the policy at any step; the networks in NumPy would not notice.
+        use_numpy = are_known(callback) and serves_lstm(self.policy)
+        self._networks = NumpyLstmNetworks(self.policy) if use_numpy else None
+        return super()._make_actor(env, callback, n_rollout_steps)
 
     def _make_sampler(self, env: VecEnv, n_rollout_steps: int) -> ActionSampler | None:
         return None  # evaluating later would have to run the LSTMs once more
@@ -160,7 +170,11 @@ class RecurrentTRPO(TRPO):
         before = self._last_lstm_states
         episode_starts = th.as_tensor(self._last_episode_starts, dtype=th.float32, device=self.device)
         obs_tensor = obs_as_tensor(observations, self.device)
-        actions, values, log_probs, self._next_lstm_states = policy(obs_tensor, before, episode_starts)
+        if self._networks is not None:
+            *outputs, after = self._networks(observations, before, self._last_episode_starts)
+        else:
+            *outputs, after = policy(obs_tensor, before, episode_starts)
+        (actions, values, log_probs), self._next_lstm_states = outputs, after
         for name, states in (("pi", before.pi), ("vf", before.vf)):
             for kind, state in zip(("hidden", "cell"), states, strict=True):
                 getattr(buffer, f"{kind}_states_{name}")[step] = state.cpu().numpy()
@@ -226,7 +240,7 @@ class RecurrentTRPO(TRPO):
         return without_cudnn(self._lstms)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_last_lstm_states", "_next_lstm_states"]
+        return [*super()._excluded_save_params(), "_last_lstm_states", "_next_lstm_states", "_networks"]
 
     def _resume_state(self) -> dict[str, Any]:
         states = [state.cpu().numpy() for pair in self._next_lstm_states for state in pair]

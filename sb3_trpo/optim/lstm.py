@@ -56,9 +56,7 @@ class LSTMJacobian(NamedTuple):
         hidden = cell = self.forget.new_zeros(n, size)
         moved: list[th.Tensor] = []
         U_t = self.U.t()
-        for row, to_gates, forget, from_cell, out in zip(
-            direct, self.to_gates, self.forget, self.cell, self.out, strict=True
-        ):
+        for row, to_gates, forget, from_cell, out in zip(direct, self.to_gates, self.forget, self.cell, self.out, strict=True):
             gates = th.addmm(row, hidden, U_t).view(n, 4, size)
             cell = th.addcmul((gates[:, :3] * to_gates).sum(dim=1), forget, cell)
             hidden = th.addcmul(from_cell * cell, out, gates[:, 3])
