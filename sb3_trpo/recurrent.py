@@ -171,7 +171,7 @@ class RecurrentTRPO(TRPO):
         episode_starts = th.as_tensor(self._last_episode_starts, dtype=th.float32, device=self.device)
         obs_tensor = obs_as_tensor(observations, self.device)
         if self._networks is not None:
-            *outputs, after = self._networks(observations, before, self._last_episode_starts)
+            *outputs, after = self._networks(observations, before, episode_starts)
         else:
             *outputs, after = policy(obs_tensor, before, episode_starts)
         (actions, values, log_probs), self._next_lstm_states = outputs, after

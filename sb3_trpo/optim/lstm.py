@@ -10,6 +10,7 @@ With gates (i, f, g, o) = (σ, σ, tanh, σ)(W x_t + U h_{t−1} + b), c_t = f c
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch as th
@@ -147,7 +148,7 @@ class _Layer(th.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: th.Tensor, *_: Any) -> tuple[th.Tensor | None, ...]:
-        inputs, *weights = _Pull.apply(cotangent, ctx.jacobian, ctx.needs_input_grad[0])
+        inputs, *weights = _Pull.apply(cotangent, ctx.jacobian, ctx.needs_input_grad[0])  # type: ignore[no-untyped-call]
         return inputs, None, None, *weights
 
 
@@ -199,7 +200,8 @@ def gauss_newton_forward(lstm: nn.LSTM, inputs: th.Tensor, states: States) -> tu
     for layer in range(lstm.num_layers):
         W, U, *biases = lstm.all_weights[layer]
         b = biases[0] + biases[1] if biases else U.new_zeros(len(U))
-        inputs, *after = _Layer.apply(inputs, states[0][layer], states[1][layer], W, U, b)
+        first = states[0][layer], states[1][layer]
+        inputs, *after = _Layer.apply(inputs, *first, W, U, b)  # type: ignore[no-untyped-call]
         last.append(after)
     hidden, cells = (th.stack(each) for each in zip(*last, strict=True))
     return inputs, (hidden, cells)
@@ -214,7 +216,7 @@ def gauss_newton_lstms(modules: Sequence[nn.LSTM]) -> Iterator[None]:
     :return: context manager
     """
     for lstm in modules:
-        lstm.forward = lambda inputs, states, lstm=lstm: gauss_newton_forward(lstm, inputs, states)  # type: ignore[method-assign]
+        lstm.forward = partial(gauss_newton_forward, lstm)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from torch import nn
 
 from sb3_trpo.adapters.plain import are_original, has_patched_methods, is_plain, remember
 from sb3_trpo.optim.lstm import is_standard
-from sb3_trpo.rollouts.samplers import ACTIVATIONS
+from sb3_trpo.rollouts.samplers import ACTIVATIONS, Observations
 
 remember(*{item for item in vars(policies).values() if isinstance(item, type)})
 
@@ -94,21 +94,22 @@ class NumpyLstmNetworks:
 
     @th.no_grad()
     def __call__(
-        self, observations: np.ndarray, states: RNNStates, episode_starts: np.ndarray
+        self, observations: Observations, states: RNNStates, episode_starts: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor, RNNStates]:
         """
         Return what ``policy.forward`` returns.
 
         :param observations: one for each environment
         :param states: LSTM states before them
-        :param episode_starts: which of them begin an episode
+        :param episode_starts: 1 for those that begin an episode, else 0
         :return: actions, values, log-probabilities and the states afterwards
         """
+        assert isinstance(observations, np.ndarray)
         features = observations.reshape(len(observations), -1).astype(np.float32, copy=False)
         pairs = [states.pi, states.vf] if self._policy.lstm_critic is not None else [states.pi]
         hidden, cells = (np.stack([pair[i].numpy() for pair in pairs]) for i in range(2))
-        if episode_starts.any():
-            begun = episode_starts.astype(bool)
+        begun = episode_starts.numpy() > 0.0
+        if begun.any():
             hidden[:, :, begun] = cells[:, :, begun] = 0.0
         outputs, hidden, cells = self._lstm(features, hidden, cells)
         below = _apply(self._critic_base, features) if self._critic_base else outputs[-1]

@@ -62,10 +62,10 @@ def test_numpy_lstm_networks_follow_the_policy(name):
     expected_states = states = random_states(policy)
     for _ in range(6):
         observations = random.normal(size=(N_ENVS, 3)).astype(np.float32)
-        starts = random.random(N_ENVS) < 0.3
+        starts = th.as_tensor(random.random(N_ENVS) < 0.3).float()
         generator = th.get_rng_state()
         with th.no_grad():
-            *expected, expected_states = policy(th.as_tensor(observations), expected_states, th.as_tensor(starts).float())
+            *expected, expected_states = policy(th.as_tensor(observations), expected_states, starts)
         th.set_rng_state(generator)
         *found, states = networks(observations, states, starts)
         for actual, wanted in zip(
@@ -76,11 +76,11 @@ def test_numpy_lstm_networks_follow_the_policy(name):
 
 def test_numpy_lstm_networks_follow_large_inputs():
     policy = make_policy("box")
-    observations, starts = np.full((N_ENVS, 3), 1e4, np.float32), np.zeros(N_ENVS, bool)
+    observations, starts = np.full((N_ENVS, 3), 1e4, np.float32), th.zeros(N_ENVS)
     observations[1] *= -1.0
     states = random_states(policy)
     with th.no_grad():
-        _, values, _, after = policy(th.as_tensor(observations), states, th.zeros(N_ENVS))
+        _, values, _, after = policy(th.as_tensor(observations), states, starts)
     _, found, _, found_after = NumpyLstmNetworks(policy)(observations, states, starts)
     th.testing.assert_close(found, values, atol=1e-5, rtol=1e-5)
     th.testing.assert_close(found_after.pi, after.pi, atol=1e-5, rtol=1e-5)
