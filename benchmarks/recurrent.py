@@ -53,8 +53,8 @@ def from_siblings(env: str, n_envs: int, ours: dict[str, Any]) -> Task:
 TASKS = {
     "CartPoleNoVel-v1": from_siblings(
         "CartPoleNoVel-v1",
-        16,
-        {"n_steps": 16, "gamma": 0.98, "gae_lambda": 0.8, "target_kl": LinearSchedule(0.05, 0.0, 1.0)},
+        8,
+        {"n_steps": 32, "gamma": 0.98, "gae_lambda": 0.8, "target_kl": LinearSchedule(0.05, 0.0, 1.0)},
     ),
     "PendulumNoVel-v1": from_siblings(
         "PendulumNoVel-v1",
