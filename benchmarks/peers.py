@@ -23,12 +23,12 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import nn
 
 import sb3_trpo
+from sb3_trpo.saving.sb3_contrib import joint_kl_arguments
 from sb3_trpo.zoo.tianshou_peer import TIANSHOU_SHAPE
 
 th.set_num_threads(1)
@@ -116,15 +116,9 @@ TIANSHOU_AS_OURS: dict[str, Any] = {
 }
 
 
-def kl_dimensions(action_space: spaces.Space) -> int:
-    """By how much sb3-contrib's KL is smaller than the joint one: it is averaged over dimensions of Box and MultiBinary."""
-    return get_action_dim(action_space) if isinstance(action_space, spaces.Box | spaces.MultiBinary) else 1
-
-
 def as_ours(settings: dict[str, Any], action_space: spaces.Space) -> dict[str, Any]:
     """Settings of sb3-contrib's TRPO in terms of the joint KL."""
-    d = kl_dimensions(action_space)
-    return {**settings, "target_kl": settings["target_kl"] * d, "cg_damping": settings["cg_damping"] * d}
+    return {**settings, **joint_kl_arguments(settings, action_space)}
 
 
 def make_env(task: str, n_envs: int, *, seed: int = 0, normalize: bool = False, gamma: float = 0.99) -> VecEnv:

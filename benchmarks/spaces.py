@@ -31,9 +31,9 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.preprocessing import get_action_dim
 
 import sb3_trpo
+from sb3_trpo.saving.sb3_contrib import kl_dimensions
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"sb3_trpo": sb3_trpo.TRPO, "sb3_contrib": sb3_contrib.TRPO}
 N_ENVS, N_EVAL_EPISODES = 4, 20
@@ -67,8 +67,7 @@ TASKS = (
 def trust_region(algorithm: str, action_space: spaces.Space) -> dict[str, float]:
     """Our defaults, in terms of the KL that the algorithm uses."""
     ours = inspect.signature(sb3_trpo.TRPO).parameters
-    averaged = algorithm == "sb3_contrib" and isinstance(action_space, spaces.Box | spaces.MultiBinary)
-    dimensions = get_action_dim(action_space) if averaged else 1
+    dimensions = kl_dimensions(action_space) if algorithm == "sb3_contrib" else 1
     return {name: ours[name].default / dimensions for name in ("target_kl", "cg_damping")}
 
 

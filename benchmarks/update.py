@@ -47,6 +47,7 @@ from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.fisher import FisherOperator
 from sb3_trpo.optim.objective import Surrogate
 from sb3_trpo.policies import actor_parameters
+from sb3_trpo.saving.sb3_contrib import kl_dimensions
 from sb3_trpo.zoo.tianshou_peer import tianshou_trpo
 
 FRAMES = spaces.Box(0, 255, (4, 84, 84), np.uint8)
@@ -207,7 +208,7 @@ class Contrib(Contender):
         with mock.patch.object(contrib_module, "conjugate_gradient_solver", solve):
             self.model.train()
         # Its Fisher matrix and damping are the joint ones over d, so its direction is d times ours.
-        d = peers.kl_dimensions(self.model.action_space)
+        d = kl_dimensions(self.model.action_space)
         values = self.model.logger.name_to_value
         told = {
             "cg_iterations": len(products) - 1,

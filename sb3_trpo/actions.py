@@ -1,11 +1,13 @@
-"""What the policy's numbers mean to the environment: bounded actions, and action distributions of the user's own.
+"""Bounded actions, and action distributions that users define.
 
-Actions are kept, in the rollout buffer too, as the distribution gives them. Bounding them is the last thing that happens
-before the environment sees them, so that no inverse of a saturated tanh is ever needed.
+A policy's distribution describes raw actions, before they are bounded; rollout buffer and update use those, so no inverse of
+a saturated tanh is ever needed. The policy's methods ``forward``, ``evaluate_actions`` and ``predict`` use the environment's
+actions.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,15 +22,22 @@ from torch.distributions import Bernoulli, Independent, TransformedDistribution
 from torch.distributions import Distribution as TorchDistribution
 from torch.nn import functional as F
 
-from sb3_trpo.arguments import POSITIVE_INTEGER_OR_NONE, Rule, check_arguments, one_of
+from sb3_trpo.arguments import POSITIVE_INTEGER_OR_NONE, Rule, check_arguments, one_of, optional, shown
 
 ACTION_BOUNDS = ("clip", "tanh")
 #: The policies' own arguments.
 ACTION_OPTIONS = ("action_bound", "dist_fn", "n_dist_outputs")
 
+
+def _function(value: Any) -> Any:
+    if not callable(value):
+        raise ValueError
+    return value
+
+
 OPTION_RULES = {
     "action_bound": one_of(*ACTION_BOUNDS, None),
-    "dist_fn": Rule(lambda value: value is None or callable(value), "a function outputs -> torch distribution, or None"),
+    "dist_fn": optional(Rule(_function, "a function outputs -> torch distribution")),
     "n_dist_outputs": POSITIVE_INTEGER_OR_NONE,
 }
 
@@ -196,8 +205,12 @@ class BoundedActionPolicy(ActorCriticPolicy):
     """
     SB3's actor-critic policy with a choice of action bounds and distributions.
 
+    With ``action_bound``, :meth:`forward`, :meth:`evaluate_actions` and ``predict`` use the environment's actions;
+    :meth:`get_distribution` describes raw actions, which :meth:`to_env` bounds and scales. Log-probabilities are densities of
+    the bounded action in [-1, 1] (``"tanh"``) or of the raw action (``"clip"``), as in SB3.
+
     :param args: as SB3's ``ActorCriticPolicy``
-    :param action_bound: ``"clip"`` or ``"tanh"``: actions are brought to [-1, 1] so, then scaled to the bounds of the space;
+    :param action_bound: ``"clip"`` or ``"tanh"`` to bound raw actions to [-1, 1] and scale them to the bounds of the space;
         None to clip them to the bounds of the space, as SB3 does
     :param dist_fn: makes the action distribution, a torch distribution, from the outputs of the network, shape
         ``(n_states, n_dist_outputs)``; None for SB3's, by action space. KL(p ‖ q) of its family must be known to torch
@@ -205,6 +218,8 @@ class BoundedActionPolicy(ActorCriticPolicy):
     :param kwargs: as SB3's ``ActorCriticPolicy``
     :raises ValueError: an option is out of range, or does not fit the action space or gSDE
     """
+
+    _uses_raw_actions = False
 
     def __init__(
         self,
@@ -217,8 +232,6 @@ class BoundedActionPolicy(ActorCriticPolicy):
         # SB3's constructor builds the networks, which depend on these.
         self.action_bound, self.dist_fn, self.n_dist_outputs = action_bound, dist_fn, n_dist_outputs
         super().__init__(*args, **kwargs)
-        if action_bound is not None:
-            self._squash_output = True  # what `predict` makes of actions: [-1, 1] to the bounds of the space
 
     def _build(self, lr_schedule: Schedule) -> None:
         check_action_options(self.action_space, self.use_sde, self._action_options)
@@ -249,29 +262,105 @@ class BoundedActionPolicy(ActorCriticPolicy):
     def _action_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ACTION_OPTIONS}
 
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        Act and evaluate.
+
+        :param obs: observations
+        :param deterministic: take the mode instead of a sample
+        :return: the environment's actions, values and log-probabilities
+        """
+        actions, values, log_prob = super().forward(obs, deterministic)  # type: ignore[arg-type]
+        return actions if self._uses_raw_actions else self.to_env(actions), values, log_prob
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """
+        Evaluate the environment's actions, for instance an expert's.
+
+        :param obs: observations
+        :param actions: actions of the environment, shape ``(n_states, *action_shape)``
+        :return: values, log-probabilities, and entropies if there is a formula for them
+        """
+        return super().evaluate_actions(obs, actions if self._uses_raw_actions else self.from_env(actions))
+
     def bounded(self, actions: th.Tensor) -> th.Tensor:
         """
-        Bring actions to [-1, 1].
+        Bound raw actions to [-1, 1].
 
-        :param actions: as the distribution gives them, shape ``(n_states, ...)``
-        :return: tanh of them, or clipped; unchanged without ``action_bound``
+        :param actions: samples of the distribution, shape ``(n_states, ...)``
+        :return: their tanh, or clipped; unchanged without ``action_bound``
         """
         if self.action_bound is None:
             return actions
         return actions.tanh() if self.action_bound == "tanh" else actions.clip(-1.0, 1.0)
 
+    def to_env(self, actions: th.Tensor) -> th.Tensor:
+        """
+        Convert raw actions to the environment's.
+
+        :param actions: samples of the distribution, shape ``(n_states, ...)``
+        :return: actions within the bounds of the space, exactly; unchanged without ``action_bound``
+        """
+        if self.action_bound is None:
+            return actions
+        low, high = self._bounds(actions.device)
+        scaled = self.bounded(actions.flatten(1))
+        return (low + 0.5 * (scaled + 1.0) * (high - low)).clip(low, high).reshape(actions.shape)
+
+    def from_env(self, actions: th.Tensor) -> th.Tensor:
+        """
+        Convert the environment's actions to raw ones, of which :meth:`to_env` makes the same actions.
+
+        :param actions: actions of the environment, shape ``(n_states, *action_shape)``
+        :return: raw actions; finite at the bounds and beyond; unchanged without ``action_bound``
+        """
+        if self.action_bound is None:
+            return actions
+        low, high = self._bounds(actions.device)
+        scaled = 2.0 * (actions.flatten(1) - low) / (high - low) - 1.0
+        scaled = scaled.to(next(self.parameters()).dtype)
+        if self.action_bound == "clip":
+            return scaled.clip(-1.0, 1.0)
+        largest = 1.0 - th.finfo(scaled.dtype).eps
+        return scaled.clip(-largest, largest).atanh()
+
+    def _bounds(self, device: th.device) -> tuple[th.Tensor, th.Tensor]:
+        space: Any = self.action_space
+        return th.as_tensor(space.low.ravel(), device=device), th.as_tensor(space.high.ravel(), device=device)
+
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """
-        Bring actions from [-1, 1] to the bounds of the action space, which rounding must not make them leave.
+        Scale actions from [-1, 1] to the bounds of the action space, which rounding must not leave.
 
-        :param scaled_action: actions in [-1, 1]
+        :param scaled_action: actions in [-1, 1]; raw ones under :func:`raw_actions`
         :return: actions of the environment
         """
+        if self._uses_raw_actions:
+            return self.to_env(th.from_numpy(scaled_action)).numpy()
         assert isinstance(self.action_space, spaces.Box)
         return np.clip(super().unscale_action(scaled_action), self.action_space.low, self.action_space.high)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self.bounded(super()._predict(observation, deterministic))
+        return self.to_env(super()._predict(observation, deterministic))
+
+
+@contextmanager
+def raw_actions(policy: nn.Module) -> Iterator[None]:
+    """
+    Make ``forward``, ``evaluate_actions`` and ``unscale_action`` of a policy use raw actions, as the rollout buffer does.
+
+    SB3's loop stores what ``forward`` returns, and hands it to ``unscale_action`` for the environment.
+
+    :param policy: the policy; nothing changes for one without ``action_bound``
+    """
+    if not isinstance(policy, BoundedActionPolicy) or policy.action_bound is None or policy._uses_raw_actions:
+        yield
+        return
+    policy._uses_raw_actions = policy._squash_output = True
+    try:
+        yield
+    finally:
+        policy._uses_raw_actions = policy._squash_output = False
 
 
 def check_action_options(action_space: spaces.Space[Any], use_sde: bool, options: Mapping[str, Any]) -> None:
@@ -286,7 +375,7 @@ def check_action_options(action_space: spaces.Space[Any], use_sde: bool, options
     check_arguments(OPTION_RULES, options)
     for name in ("action_bound", "dist_fn"):
         if use_sde and options[name] is not None:
-            raise ValueError(f"{name}={options[name]!r} is not allowed with use_sde=True: gSDE has its own distribution")
+            raise ValueError(f"{name}={shown(options[name])} is not allowed with use_sde=True: gSDE has its own distribution")
     if options["dist_fn"] is None and options["n_dist_outputs"] is not None:
         raise ValueError(f"n_dist_outputs={options['n_dist_outputs']!r} is not allowed without dist_fn")
     is_bounded = isinstance(action_space, spaces.Box) and action_space.is_bounded("both")

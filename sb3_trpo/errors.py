@@ -1,21 +1,60 @@
-"""What can be wrong with a file, a number or a worker, by name."""
+"""The package's exceptions, and what error messages and warnings have in common."""
 
 import difflib
 import io
 import pathlib
+import sys
+import warnings
 from collections.abc import Iterable
+
+PACKAGES = ("sb3_trpo", "stable_baselines3", "sb3_contrib")
 
 Source = str | pathlib.Path | io.BufferedIOBase
 
 
+class NamedBytes(io.BytesIO):
+    """
+    The contents of a file, with its name for messages.
+
+    :param contents: the file's bytes
+    :param source: the file
+    """
+
+    def __init__(self, contents: bytes, source: Source) -> None:
+        super().__init__(contents)
+        self.name = name_of(source)
+
+
 def name_of(source: Source) -> str:
     """
-    What to call a file in a message.
+    Return the name of a file for a message.
 
     :param source: path or file object
-    :return: the path, or a word for the object
+    :return: the path, the name of the file object, or its class if it has no name
     """
-    return str(source) if isinstance(source, (str, pathlib.Path)) else f"<{type(source).__name__}>"
+    if isinstance(source, (str, pathlib.Path)):
+        return str(source)
+    name = getattr(source, "name", None)
+    return name if isinstance(name, str) else f"<{type(source).__name__}>"
+
+
+def short(value: object, limit: int = 300) -> str:
+    """
+    Describe an error or a value of a file in few words; what is in a file may be of any length.
+
+    :param value: an error, or a value
+    :param limit: most characters
+    :return: the text of an error, the ``repr`` of a number or text, the type of anything else
+    """
+    if isinstance(value, BaseException):
+        return f"{value}"[:limit] or type(value).__name__
+    if isinstance(value, str):
+        return repr(value[:limit])
+    if isinstance(value, int) and value.bit_length() > limit:
+        return "a whole number of many digits"
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    return f"a {type(value).__name__}"
 
 
 class CorruptCheckpointError(ValueError):
@@ -28,41 +67,43 @@ class CorruptCheckpointError(ValueError):
     """
 
     def __init__(self, path: Source, member: str | None, reason: object) -> None:
-        super().__init__(f"{name_of(path)}: {'the file' if member is None else repr(member)} cannot be read: {reason}")
+        what = "the file" if member is None else repr(member)
+        reason = short(reason) if isinstance(reason, BaseException) else reason
+        super().__init__(f"{name_of(path)}: {what} cannot be read: {reason}")
         self.path, self.member = path, member
 
 
 class UntrustedFileError(ValueError):
     """
-    Reading a saved file would run code that is not known to be harmless. Nothing of it was run.
+    Reading a saved file would run code that is not known to be safe. Nothing was run.
 
     :param path: the file
-    :param entry: the entry that asks for it
-    :param what: the global that it names, or another word for it
+    :param entry: the entry that requires it
+    :param what: the global that it names, or a description
     :param remedy: what the user can do
     """
 
     def __init__(self, path: Source, entry: str, what: str, remedy: str = "") -> None:
         super().__init__(
-            f"{name_of(path)}: entry {entry!r} is refused, since it asks for {what}; nothing was run. {remedy}".rstrip()
+            f"{name_of(path)}: entry {entry[:200]!r} is refused, since it asks for {what}; nothing was run. {remedy}".rstrip()
         )
         self.path, self.entry = path, entry
 
 
 class MismatchError(ValueError):
-    """An environment is not made as the one that a checkpoint is from."""
+    """An environment differs from the one that a checkpoint was saved with."""
 
 
 class NonFiniteError(ValueError):
-    """A NaN or an infinity where none may be."""
+    """A NaN or an infinity where a finite number is required."""
 
 
 class WorkerError(RuntimeError):
     """
-    An environment in a process of its own has failed.
+    An environment in a worker process failed.
 
-    :param indices: the workers
-    :param reason: what happened to them
+    :param indices: indices of the workers
+    :param reason: what happened
     """
 
     def __init__(self, indices: Iterable[int], reason: str) -> None:
@@ -72,9 +113,9 @@ class WorkerError(RuntimeError):
 
 class RankError(RuntimeError):
     """
-    The processes of a distributed training can no longer take a common step.
+    The processes of a distributed training cannot continue together.
 
-    :param ranks: the processes to blame, as far as they are known
+    :param ranks: the ranks that caused the error, as far as they are known
     :param reason: what is wrong
     """
 
@@ -84,12 +125,12 @@ class RankError(RuntimeError):
 
 
 class UsageError(ValueError):
-    """Something that the user gave cannot be used; the message says what, and what can."""
+    """An option of the command line or an entry of a file is not allowed; the message says what is."""
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """
-    Suggest what a misspelt name may have meant.
+    Suggest what a misspelled name may have meant.
 
     :param name: the unknown name
     :param names: the known ones
@@ -97,3 +138,15 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """
     matches = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def warn_user(message: str) -> None:
+    """
+    Warn at the line of the user's code that called this package, however deep the call.
+
+    :param message: the warning
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in PACKAGES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

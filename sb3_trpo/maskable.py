@@ -1,5 +1,6 @@
 """Trust Region Policy Optimization for tasks where some actions are invalid at times."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -26,7 +27,8 @@ from torch import nn
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.critic import CriticFit
 from sb3_trpo.rollouts.eligibility import supports_deferred_evaluation
-from sb3_trpo.rollouts.samplers import ActionSampler, Observations, make_numpy_sampler
+from sb3_trpo.rollouts.fast_step import Observations
+from sb3_trpo.rollouts.samplers import ActionSampler, make_numpy_sampler
 from sb3_trpo.trpo import TRPO
 
 SelfMaskableTRPO = TypeVar("SelfMaskableTRPO", bound="MaskableTRPO")
@@ -202,8 +204,8 @@ class MaskableTRPO(TRPO):
         observations, action_masks = _apart(inputs)
         return self.policy.get_distribution(observations, action_masks=action_masks)
 
-    def _fit_critic(self, rollout: RolloutBatch, actor: list[nn.Parameter]) -> CriticFit:
-        return super()._fit_critic(replace(rollout, inputs=_apart(rollout.inputs)[0]), actor)
+    def _fit_critic(self, rollout: RolloutBatch, actor: list[nn.Parameter], tracked: Sequence[nn.Module] = ()) -> CriticFit:
+        return super()._fit_critic(replace(rollout, inputs=_apart(rollout.inputs)[0]), actor, tracked)
 
     def predict(
         self,
@@ -230,7 +232,7 @@ class MaskableTRPO(TRPO):
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 1,
-        tb_log_name: str = "MaskableTRPO",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         use_masking: bool = True,
         progress_bar: bool = False,
@@ -241,7 +243,7 @@ class MaskableTRPO(TRPO):
         :param total_timesteps: as :class:`TRPO`
         :param callback: as :class:`TRPO`
         :param log_interval: as :class:`TRPO`
-        :param tb_log_name: name of the run in TensorBoard
+        :param tb_log_name: as :class:`TRPO`
         :param reset_num_timesteps: as :class:`TRPO`
         :param use_masking: whether to mask invalid actions while collecting
         :param progress_bar: as :class:`TRPO`

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -18,7 +18,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
@@ -26,17 +26,17 @@ from torch import nn
 from sb3_trpo.adapters.plain import is_plain
 from sb3_trpo.adapters.sequences import LstmStates, lstm_states, read_sequences, without_cudnn
 from sb3_trpo.arguments import Rule, one_of
+from sb3_trpo.constructors import checked, takes_arguments_of
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.distributions import components, has_closed_form
 from sb3_trpo.optim.lstm import gauss_newton_lstms, is_standard
 from sb3_trpo.rollouts.actor import RolloutActor
 from sb3_trpo.rollouts.callback_locals import are_known
 from sb3_trpo.rollouts.collect import Truncation, stack_observations
+from sb3_trpo.rollouts.fast_step import Observations
 from sb3_trpo.rollouts.lstm_sampler import NumpyLstmNetworks, serves_lstm
-from sb3_trpo.rollouts.samplers import ActionSampler, Observations, resamples_noise
+from sb3_trpo.rollouts.samplers import ActionSampler, resamples_noise
 from sb3_trpo.trpo import TRPO
-
-SelfRecurrentTRPO = TypeVar("SelfRecurrentTRPO", bound="RecurrentTRPO")
 
 MlpLstmPolicy = RecurrentActorCriticPolicy
 
@@ -102,6 +102,8 @@ class RecurrentTRPO(TRPO):
     rollout_buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer
     _step_variables = TRPO._step_variables | {"lstm_states", "episode_starts"}
 
+    @takes_arguments_of(TRPO.__init__)
+    @checked
     def __init__(
         self,
         policy: str | type[RecurrentActorCriticPolicy],
@@ -242,33 +244,13 @@ class RecurrentTRPO(TRPO):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_last_lstm_states", "_next_lstm_states", "_networks"]
 
-    def _resume_state(self) -> dict[str, Any]:
+    def get_extra_state(self) -> dict[str, Any]:
+        """See :meth:`TRPO.get_extra_state`."""
         states = [state.cpu().numpy() for pair in self._next_lstm_states for state in pair]
-        return {**super()._resume_state(), "lstm_states": states}
+        return {**super().get_extra_state(), "lstm_states": states}
 
-    def _restore(self, state: dict[str, Any], trust: bool) -> None:
-        super()._restore(state, trust)
+    def set_extra_state(self, state: dict[str, Any], trust: bool) -> None:
+        """See :meth:`TRPO.set_extra_state`."""
+        super().set_extra_state(state, trust)
         hidden_pi, cell_pi, hidden_vf, cell_vf = (th.as_tensor(array, device=self.device) for array in state["lstm_states"])
         self._last_lstm_states = self._next_lstm_states = RNNStates((hidden_pi, cell_pi), (hidden_vf, cell_vf))
-
-    def learn(
-        self: SelfRecurrentTRPO,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "RecurrentTRPO",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfRecurrentTRPO:
-        """
-        Train.
-
-        :param total_timesteps: as :class:`TRPO`
-        :param callback: as :class:`TRPO`
-        :param log_interval: as :class:`TRPO`
-        :param tb_log_name: name of the run in TensorBoard
-        :param reset_num_timesteps: as :class:`TRPO`
-        :param progress_bar: as :class:`TRPO`
-        :return: the model
-        """
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

@@ -2,8 +2,9 @@
 
 import time
 import warnings
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -12,32 +13,46 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor
+from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_trpo.actions import ACTION_BOUNDS, ACTION_OPTIONS, BoundedActionPolicy, check_action_options
+from sb3_trpo.actions import ACTION_BOUNDS, ACTION_OPTIONS, BoundedActionPolicy, check_action_options, raw_actions
+from sb3_trpo.adapters.models import actor_mlp, critic_mlp
 from sb3_trpo.arguments import (
     BOOLEAN,
+    DEVICE,
+    ENVIRONMENT,
+    KEYWORD_ARGUMENTS_OR_NONE,
     NON_NEGATIVE,
     NON_NEGATIVE_OR_SCHEDULE,
     OPEN_UNIT_INTERVAL,
+    PATH_OR_NONE,
     POSITIVE,
     POSITIVE_INTEGER,
     POSITIVE_INTEGER_OR_NONE,
     POSITIVE_OR_SCHEDULE,
     SAMPLE_FREQUENCY,
+    SEED,
     UNIT_INTERVAL,
+    VERBOSITY,
     Rule,
     check_arguments,
+    instance_of,
     one_of,
+    optional,
+    schedule_value,
+    shown,
+    subclass_of,
 )
+from sb3_trpo.base import ResumableAlgorithm
+from sb3_trpo.constructors import checked, rules_of
 from sb3_trpo.distributed.moments import moments
-from sb3_trpo.distributed.process_group import detect_rank, local_device
-from sb3_trpo.distributed.synchronization import DistributedAlgorithm, synchronized
+from sb3_trpo.distributed.process_group import local_device
+from sb3_trpo.distributed.synchronization import synchronized
+from sb3_trpo.errors import did_you_mean, warn_user
 from sb3_trpo.optim.batch import ARRAY_BUFFERS, Inputs, RolloutBatch, normalize_advantages, read_rollout
 from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.critic import CriticFit, fit_gauss_newton, fit_minibatches
@@ -52,9 +67,9 @@ from sb3_trpo.optim.line_search import (
     max_step_length,
     undamped_curvature,
 )
-from sb3_trpo.optim.mlp import actor_mlp, critic_mlp
 from sb3_trpo.optim.objective import Surrogate
 from sb3_trpo.optim.parameters import Snapshot, all_finite, assign, flatten
+from sb3_trpo.optim.running_statistics import STATISTICS_SHARE, keep_within, statistics, track, tracking_layers
 from sb3_trpo.optim.statistics import PolicyStep, UpdateStats
 from sb3_trpo.optim.transaction import UpdateTransaction
 from sb3_trpo.policies import (
@@ -74,22 +89,39 @@ from sb3_trpo.rollouts.collect import (
     find_truncations,
     stack_observations,
     widen_observations,
-    write_decisions,
-    write_outcomes,
+    write_step,
 )
 from sb3_trpo.rollouts.eligibility import draws_random_numbers, has_known_modules, has_own_forward, numpy_mlp
-from sb3_trpo.rollouts.fast_step import fast_step_fn
+from sb3_trpo.rollouts.fast_step import Observations, copy_observations, fast_step_fn
 from sb3_trpo.rollouts.samplers import (
     ActionSampler,
-    Observations,
+    NumpyActionSampler,
     action_transform,
-    copy_observations,
     make_sampler,
     resamples_noise,
 )
-from sb3_trpo.saving.archive import Attributes
+from sb3_trpo.saving.sb3_contrib import MINIBATCH_ARGUMENTS, convert_model
 
 IMAGE_CHUNK = 256  # states in one forward pass where max_batch_size leaves it open: some 100 MB with NatureCNN
+
+MAX_STATES = 2**31 - 1  # in a rollout
+#: Arguments that only the Gauss-Newton critic uses.
+GAUSS_NEWTON_ARGUMENTS = ("critic_damping", "n_critic_steps")
+OPTIMIZER_OPTIONS = ("optimizer_class", "optimizer_kwargs")
+#: Arguments that are not the algorithm's own.
+SB3_ARGUMENTS = (
+    "policy",
+    "env",
+    "rollout_buffer_class",
+    "rollout_buffer_kwargs",
+    "stats_window_size",
+    "tensorboard_log",
+    "policy_kwargs",
+    "verbose",
+    "seed",
+    "device",
+)
+BUFFER_CLASS = optional(subclass_of(RolloutBuffer, "a class derived from SB3's RolloutBuffer"))
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
 
@@ -104,7 +136,7 @@ def is_step(step: th.Tensor) -> bool:
     return bool(th.isfinite(step).all()) and bool(step.any())
 
 
-class TRPO(DistributedAlgorithm):
+class TRPO(ResumableAlgorithm):
     """
     Trust Region Policy Optimization (TRPO).
 
@@ -119,7 +151,7 @@ class TRPO(DistributedAlgorithm):
     :param batch_size: states in a minibatch of the minibatch critic
     :param gamma: discount factor, in [0, 1]
     :param cg_max_steps: bound on conjugate gradient iterations
-    :param cg_damping: λ, added to the diagonal of the Fisher matrix; 0 for none
+    :param cg_damping: λ, added to the diagonal of the Fisher matrix; 0 for the least that rounding errors allow
     :param line_search_shrinking_factor: α in (0, 1), shortens a step that does not improve the objective (one that leaves
         the trust region is shortened to its boundary)
     :param line_search_max_iter: bound on the points that the line search tries
@@ -148,8 +180,6 @@ class TRPO(DistributedAlgorithm):
         ``n_critic_updates``, which the first does not use)
     :param critic_damping: damping of the Gauss-Newton steps; larger is smoother
     :param n_critic_steps: Gauss-Newton steps per update
-    :param critic_cg_max_steps: bound on conjugate gradient iterations in each Gauss-Newton step
-    :param critic_cg_residual_tol: their relative tolerance, as ``cg_residual_tol``
     :param max_batch_size: most states in one forward pass of the update, to bound its memory; results stay the same.
         None for all states at once, or 256 with images
     :param ent_coef: weight of the policy's mean entropy in the objective
@@ -159,12 +189,9 @@ class TRPO(DistributedAlgorithm):
         into equal parts, and each ``n_policy_updates`` goes through all. The line search always uses the whole rollout.
         None for the whole rollout
     :param line_search_accept_ratio: least ratio of actual to expected improvement that the line search accepts, in [0, 1]
-    :param cg_warm_start: begin conjugate gradients with the last step's direction
     :param return_scaling: let the critic predict returns divided by the running standard deviation of all returns so far
     :param action_bound: ``"clip"`` or ``"tanh"`` to bring Box actions to [-1, 1] so and scale them to the space's bounds; None
         to clip them to the bounds, as SB3 does
-    :param distributed: take every step together with the other processes that ``torchrun`` has started, each with
-        environments of its own; True if there must be others, False for none, None to find out
     :param check_observations: refuse observations with a NaN or an infinity; False for a policy that handles them itself, as
         by masking padding. Rewards, actions, values and the update are checked in any case
     :raises ValueError: an argument is out of range; the message names it, its value and what is allowed
@@ -175,100 +202,63 @@ class TRPO(DistributedAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    argument_rules: ClassVar[dict[str, Rule]] = {
-        "learning_rate": NON_NEGATIVE_OR_SCHEDULE,
-        "n_steps": POSITIVE_INTEGER,
-        "batch_size": POSITIVE_INTEGER,
-        "gamma": UNIT_INTERVAL,
-        "cg_max_steps": POSITIVE_INTEGER,
-        "cg_damping": NON_NEGATIVE,
-        "line_search_shrinking_factor": OPEN_UNIT_INTERVAL,
-        "line_search_max_iter": POSITIVE_INTEGER,
-        "n_critic_updates": POSITIVE_INTEGER,
-        "gae_lambda": UNIT_INTERVAL,
-        "use_sde": BOOLEAN,
-        "sde_sample_freq": SAMPLE_FREQUENCY,
-        "normalize_advantage": BOOLEAN,
-        "target_kl": POSITIVE_OR_SCHEDULE,
-        "sub_sampling_factor": POSITIVE_INTEGER,
-        "cg_residual_tol": NON_NEGATIVE,
-        "cg_preconditioner": one_of("kfac", None),
-        "critic_method": one_of("gauss_newton", "minibatch"),
-        "critic_damping": POSITIVE,
-        "n_critic_steps": POSITIVE_INTEGER,
-        "critic_cg_max_steps": POSITIVE_INTEGER,
-        "critic_cg_residual_tol": NON_NEGATIVE,
-        "max_batch_size": POSITIVE_INTEGER_OR_NONE,
-        "ent_coef": NON_NEGATIVE,
-        "n_policy_updates": POSITIVE_INTEGER,
-        "policy_batch_size": POSITIVE_INTEGER_OR_NONE,
-        "line_search_accept_ratio": UNIT_INTERVAL,
-        "cg_warm_start": BOOLEAN,
-        "return_scaling": BOOLEAN,
-        "action_bound": one_of(*ACTION_BOUNDS, None),
-        "distributed": one_of(True, False, None),
-        "check_observations": BOOLEAN,
-    }
-
     #: Training ends with an error after so many updates in a row that came to a NaN or an infinity, and were undone.
     max_failed_updates: int = 10
     _failed_updates: int = 0
+    #: Names of the constructor arguments that the user gave.
+    _given_arguments: frozenset[str] = frozenset()
     #: SB3's local variables, for callbacks, that come from the policy.
     _step_variables: ClassVar[frozenset[str]] = frozenset({"obs_tensor", "values", "log_probs"})
 
+    @checked
     def __init__(
         self,
-        policy: str | type[ActorCriticPolicy],
-        env: GymEnv | str,
-        learning_rate: float | Schedule = 1e-3,
-        n_steps: int = 2048,
-        batch_size: int = 128,
-        gamma: float = 0.99,
-        cg_max_steps: int = 15,
-        cg_damping: float = 0.1,
-        line_search_shrinking_factor: float = 0.8,
-        line_search_max_iter: int = 10,
-        n_critic_updates: int = 10,
-        gae_lambda: float = 0.95,
-        use_sde: bool = False,
-        sde_sample_freq: int = -1,
-        rollout_buffer_class: type[RolloutBuffer] | None = None,
-        rollout_buffer_kwargs: dict[str, Any] | None = None,
-        normalize_advantage: bool = True,
-        target_kl: float | Schedule = 0.05,
-        sub_sampling_factor: int = 1,
-        stats_window_size: int = 100,
-        tensorboard_log: str | None = None,
-        policy_kwargs: dict[str, Any] | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
-        device: th.device | str = "auto",
+        policy: Annotated[str | type[ActorCriticPolicy], instance_of(str, type, allowed="a policy class or its name")],
+        env: Annotated[GymEnv | str, ENVIRONMENT],
+        learning_rate: Annotated[float | Schedule, NON_NEGATIVE_OR_SCHEDULE] = 1e-3,
+        n_steps: Annotated[int, POSITIVE_INTEGER] = 2048,
+        batch_size: Annotated[int, POSITIVE_INTEGER] = 128,
+        gamma: Annotated[float, UNIT_INTERVAL] = 0.99,
+        cg_max_steps: Annotated[int, POSITIVE_INTEGER] = 15,
+        cg_damping: Annotated[float, NON_NEGATIVE] = 0.1,
+        line_search_shrinking_factor: Annotated[float, OPEN_UNIT_INTERVAL] = 0.8,
+        line_search_max_iter: Annotated[int, POSITIVE_INTEGER] = 10,
+        n_critic_updates: Annotated[int, POSITIVE_INTEGER] = 10,
+        gae_lambda: Annotated[float, UNIT_INTERVAL] = 0.95,
+        use_sde: Annotated[bool, BOOLEAN] = False,
+        sde_sample_freq: Annotated[int, SAMPLE_FREQUENCY] = -1,
+        rollout_buffer_class: Annotated[type[RolloutBuffer] | None, BUFFER_CLASS] = None,
+        rollout_buffer_kwargs: Annotated[dict[str, Any] | None, KEYWORD_ARGUMENTS_OR_NONE] = None,
+        normalize_advantage: Annotated[bool, BOOLEAN] = True,
+        target_kl: Annotated[float | Schedule, POSITIVE_OR_SCHEDULE] = 0.05,
+        sub_sampling_factor: Annotated[int, POSITIVE_INTEGER] = 1,
+        stats_window_size: Annotated[int, POSITIVE_INTEGER] = 100,
+        tensorboard_log: Annotated[str | None, PATH_OR_NONE] = None,
+        policy_kwargs: Annotated[dict[str, Any] | None, KEYWORD_ARGUMENTS_OR_NONE] = None,
+        verbose: Annotated[int, VERBOSITY] = 0,
+        seed: Annotated[int | None, SEED] = None,
+        device: Annotated[th.device | str, DEVICE] = "auto",
         _init_setup_model: bool = True,
         *,
-        cg_residual_tol: float = 0.05,
-        cg_preconditioner: str | None = "kfac",
-        critic_method: str = "gauss_newton",
-        critic_damping: float = 0.03,
-        n_critic_steps: int = 1,
-        critic_cg_max_steps: int = 8,
-        critic_cg_residual_tol: float = 0.1,
-        max_batch_size: int | None = None,
-        ent_coef: float = 0.0,
-        n_policy_updates: int = 1,
-        policy_batch_size: int | None = None,
-        line_search_accept_ratio: float = 0.0,
-        cg_warm_start: bool = False,
-        return_scaling: bool = False,
-        action_bound: str | None = None,
-        distributed: bool | None = None,
-        check_observations: bool = True,
+        cg_residual_tol: Annotated[float, NON_NEGATIVE] = 0.05,
+        cg_preconditioner: Annotated[str | None, one_of("kfac", None)] = "kfac",
+        critic_method: Annotated[str, one_of("gauss_newton", "minibatch")] = "gauss_newton",
+        critic_damping: Annotated[float, POSITIVE] = 0.03,
+        n_critic_steps: Annotated[int, POSITIVE_INTEGER] = 1,
+        max_batch_size: Annotated[int | None, POSITIVE_INTEGER_OR_NONE] = None,
+        ent_coef: Annotated[float, NON_NEGATIVE] = 0.0,
+        n_policy_updates: Annotated[int, POSITIVE_INTEGER] = 1,
+        policy_batch_size: Annotated[int | None, POSITIVE_INTEGER_OR_NONE] = None,
+        line_search_accept_ratio: Annotated[float, UNIT_INTERVAL] = 0.0,
+        return_scaling: Annotated[bool, BOOLEAN] = False,
+        action_bound: Annotated[str | None, one_of(*ACTION_BOUNDS, None)] = None,
+        check_observations: Annotated[bool, BOOLEAN] = True,
     ) -> None:
-        check_arguments(TRPO.argument_rules, locals())
-        place = detect_rank(distributed)
+        place = self._place
         super().__init__(
             policy,
             env,
-            learning_rate=learning_rate if callable(learning_rate) else float(learning_rate),
+            learning_rate=learning_rate,
             n_steps=n_steps,
             gamma=gamma,
             gae_lambda=gae_lambda,
@@ -290,7 +280,7 @@ class TRPO(DistributedAlgorithm):
         )
         self.batch_size = batch_size
         self.cg_max_steps = cg_max_steps
-        self.cg_damping = float(cg_damping)
+        self.cg_damping = cg_damping
         self.line_search_shrinking_factor = line_search_shrinking_factor
         self.line_search_max_iter = line_search_max_iter
         self.n_critic_updates = n_critic_updates
@@ -300,32 +290,52 @@ class TRPO(DistributedAlgorithm):
         self.cg_residual_tol = cg_residual_tol
         self.cg_preconditioner = cg_preconditioner
         self.critic_method = critic_method
-        self.critic_damping = float(critic_damping)
+        self.critic_damping = critic_damping
         self.n_critic_steps = n_critic_steps
-        self.critic_cg_max_steps = critic_cg_max_steps
-        self.critic_cg_residual_tol = critic_cg_residual_tol
         self.max_batch_size = max_batch_size
         self.n_policy_updates = n_policy_updates
         self.policy_batch_size = policy_batch_size
         self.line_search_accept_ratio = line_search_accept_ratio
-        self.cg_warm_start = cg_warm_start
         self.return_scaling = return_scaling
         self.action_bound = action_bound
-        self.distributed = distributed
         self.check_observations = check_observations
         self.return_moments = RunningMeanStd(epsilon=0.0)
         #: What the latest update did; None before the first.
         self.last_update: UpdateStats | None = None
-        self._direction = th.zeros(0)  # s of the latest step, kept for `cg_warm_start`
         # Written into every zip: sb3-contrib's TRPO, which averages the KL over action dimensions, has no such mark.
         self.kl_is_joint = True
 
         if _init_setup_model:
             self._setup_model()
+            self._warn_of_unused_arguments(self._given_arguments)
+
+    #: Rules of the algorithm's own arguments: files, hyperparameters and other processes are checked by them.
+    argument_rules: ClassVar[dict[str, Rule]] = {
+        name: rule for name, rule in rules_of(__init__).items() if name not in SB3_ARGUMENTS
+    }
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name not in self.policy_aliases:
+            raise ValueError(
+                f"policy={policy_name!r} is not allowed: it must be {' or '.join(map(repr, self.policy_aliases))}, or a "
+                f"policy class{did_you_mean(policy_name, self.policy_aliases)}"
+            )
+        return self.policy_aliases[policy_name]
 
     def _setup_model(self) -> None:
-        check_arguments(self.argument_rules, vars(self))
+        # A loaded model's arguments come from its file and from the keyword arguments of `load`.
+        rules = {**rules_of(TRPO.__init__), **self.argument_rules}
+        kept = {name: rule for name, rule in rules.items() if name in vars(self) and name != "policy"}
+        vars(self).update(check_arguments(kept, vars(self)))
+        if getattr(self, "observation_space", None) is None:
+            raise ValueError("env=None is not allowed: a new model needs an environment")
         self._check_rollout_size()
+        self._check_policy()
+        self._build()
+        if not self._fits_loop(self.rollout_buffer):
+            self._check_sb3s_loop()
+
+    def _check_policy(self) -> None:
         for method in ("get_distribution", "predict_values"):
             if not hasattr(self.policy_class, method):
                 raise ValueError(
@@ -337,10 +347,35 @@ class TRPO(DistributedAlgorithm):
         if issubclass(self.policy_class, BoundedActionPolicy):
             options = {name: self.policy_kwargs.get(name) for name in ACTION_OPTIONS}
             check_action_options(self.action_space, self.use_sde, options)
-        self._setup_networks()
-        if not self._fits_loop(self.rollout_buffer):
-            self._check_sb3s_loop()
-        self._set_target_kl_schedule()
+
+    def _unused_arguments(self) -> dict[str, tuple[str, ...]]:
+        """Return the arguments that have no effect, by the argument that disables them."""
+        if self.critic_method == "minibatch":
+            return {"critic_method='minibatch'": GAUSS_NEWTON_ARGUMENTS}
+        return {"critic_method='gauss_newton'": MINIBATCH_ARGUMENTS}
+
+    def _warn_of_unused_arguments(self, given: Collection[str]) -> None:
+        """Warn once about arguments that the user gave and that have no effect."""
+        optimizer = [f"policy_kwargs[{name!r}]" for name in OPTIMIZER_OPTIONS if name in self.policy_kwargs]
+        for reason, names in self._unused_arguments().items():
+            unused = [name for name in names if name in given]
+            if names is MINIBATCH_ARGUMENTS and "policy_kwargs" in given:
+                unused += optimizer
+            if unused:
+                warn_user(f"no effect with {reason}: {', '.join(unused)}")
+
+    def _build(self) -> None:
+        try:
+            self._setup_networks()
+        except (TypeError, AttributeError, AssertionError, LookupError, RuntimeError, OverflowError) as error:
+            given = {name: getattr(self, name) for name in ("policy_kwargs", "rollout_buffer_kwargs")}
+            words = " and ".join(f"{name}={shown(value)}" for name, value in given.items() if value)
+            if not words:
+                raise
+            raise ValueError(
+                f"{words} is not allowed: it must suit {self.policy_class.__name__} and the rollout buffer, "
+                f"which raised {error!r}"
+            ) from error
 
     def _setup_networks(self) -> None:
         """Make policy and buffer, after seeding all generators."""
@@ -376,15 +411,20 @@ class TRPO(DistributedAlgorithm):
         self.policy_kwargs = {**self.policy_kwargs, "action_bound": action_bound}
 
     def _check_sb3s_loop(self) -> None:
-        """SB3's loop, which collects where ours cannot, knows neither scaled values nor tanh-bounded actions."""
-        words = "is not allowed with a policy that has a forward method of its own, or a rollout buffer class of your own"
+        """SB3's loop, which collects for policies and buffers that this package's loop does not know, scales no values."""
         if self.return_scaling:
-            raise ValueError(f"return_scaling=True {words}: their values could not be scaled")
-        if getattr(self.policy, "action_bound", None) == "tanh":
-            raise ValueError(f"action_bound='tanh' {words}: their actions could not be bounded; 'clip' is allowed")
+            raise ValueError(
+                "return_scaling=True is not allowed with a policy that has a forward method of its own, or a rollout buffer "
+                "class of your own: their values could not be scaled"
+            )
 
-    def _set_target_kl_schedule(self) -> None:
-        self._target_kl_schedule = FloatSchedule(self.target_kl if callable(self.target_kl) else float(self.target_kl))
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        if self.critic_method != "minibatch":  # nothing uses the optimizer
+            return
+        learning_rate = schedule_value("learning_rate", self.learning_rate, self._current_progress_remaining)
+        self.logger.record("train/learning_rate", learning_rate)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            update_learning_rate(optimizer, learning_rate)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
@@ -394,6 +434,8 @@ class TRPO(DistributedAlgorithm):
     def _check_rollout_size(self) -> None:
         n_states = self.n_steps * self.n_envs
         words = f"n_steps={self.n_steps} * n_envs={self.n_envs} = {n_states} states"
+        if n_states > MAX_STATES:
+            raise ValueError(f"a rollout of {words} is not allowed: it must have at most {MAX_STATES}")
         if self.normalize_advantage and n_states < 2:
             raise ValueError(f"a rollout of {words} is not allowed with normalize_advantage=True: it must have at least 2")
         if self.sub_sampling_factor > n_states:
@@ -434,16 +476,18 @@ class TRPO(DistributedAlgorithm):
                     return self._collect_by_sb3(env, callback, rollout_buffer, n_rollout_steps)
             self.policy.set_training_mode(False)
             rollout_buffer.reset()
-            widen_observations(rollout_buffer, self._last_obs)  # type: ignore[arg-type]
+            self._last_obs = copy_observations(self._last_obs)  # type: ignore[arg-type]
+            widen_observations(rollout_buffer, self._last_obs)
             callback.on_rollout_start()
             actor = self._make_actor(env, callback, n_rollout_steps)
-            to_env, step = action_transform(self.policy), fast_step_fn(env)
+            act, to_env, step = actor.act, action_transform(self.policy), fast_step_fn(env)
 
             n_steps = 0
             while n_steps < n_rollout_steps:
-                obs = copy_observations(self._last_obs)  # type: ignore[arg-type]
-                actions = actor.act(obs, n_steps)
-                check.check_actions(actions)
+                obs: Observations = self._last_obs  # type: ignore[assignment]
+                actions = act(obs, n_steps)
+                if not self.check_observations:
+                    check.check_actions(actions)
                 clipped_actions = to_env(actions)
                 new_obs, rewards, dones, infos = step(clipped_actions)
                 check(new_obs, rewards)
@@ -453,8 +497,7 @@ class TRPO(DistributedAlgorithm):
                     return False
 
                 self._update_info_buffer(infos, dones)
-                write_decisions(rollout_buffer, n_steps, obs, actions)
-                write_outcomes(rollout_buffer, n_steps, rewards, self._last_episode_starts)  # type: ignore[arg-type]
+                write_step(rollout_buffer, n_steps, obs, actions, rewards, self._last_episode_starts)  # type: ignore[arg-type]
                 if dones.any():
                     truncations = find_truncations(n_steps, dones, infos)
                     check.check_truncations(truncations)
@@ -462,7 +505,7 @@ class TRPO(DistributedAlgorithm):
                 self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
                 n_steps += 1
 
-            actor.finish(copy_observations(new_obs), dones)  # type: ignore[arg-type]
+            actor.finish(self._last_obs, dones)  # type: ignore[arg-type]
             check.check_evaluation(rollout_buffer)
             callback.update_locals({**locals(), **actor.variables()})
             callback.on_rollout_end()
@@ -475,8 +518,9 @@ class TRPO(DistributedAlgorithm):
     def _collect_by_sb3(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
-        """SB3's loop, for policies and buffers that the package's own does not fit."""
-        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        """SB3's loop, for all others."""
+        with raw_actions(self.policy):
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
     def _make_actor(self, env: VecEnv, callback: BaseCallback, n_rollout_steps: int) -> RolloutActor:
         """
@@ -487,8 +531,9 @@ class TRPO(DistributedAlgorithm):
         """
         sampler = self._make_sampler(env, n_rollout_steps)
         changes_by_itself = False
-        if sampler is not None and numpy_mlp(self.policy) is None and not has_known_modules(self.policy):
-            observations = obs_as_tensor(copy_observations(self._last_obs), self.device)  # type: ignore[arg-type]
+        calls_policy = sampler is not None and not isinstance(sampler, NumpyActionSampler)
+        if calls_policy and not has_known_modules(self.policy) and numpy_mlp(self.policy) is None:
+            observations = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
             changes_by_itself = True
             sampler = None if draws_random_numbers(self.policy, observations) else sampler
         is_known = are_known(callback)
@@ -507,7 +552,8 @@ class TRPO(DistributedAlgorithm):
         if self.use_sde and resamples_noise(step, self.sde_sample_freq):
             self.policy.reset_noise(env.num_envs)
         obs_tensor = obs_as_tensor(observations, self.device)
-        actions, values, log_probs = self.policy(obs_tensor)
+        with raw_actions(self.policy):
+            actions, values, log_probs = self.policy(obs_tensor)
         variables = {"obs_tensor": obs_tensor, "values": self._value_scale * values, "log_probs": log_probs}
         return actions.cpu().numpy(), variables
 
@@ -532,7 +578,7 @@ class TRPO(DistributedAlgorithm):
     def train(self) -> None:
         """Trust-region steps of the policy (one unless asked for more), then the regression of the critic."""
         started = time.perf_counter()
-        # One mode from start to end (dropout off, batch-norm statistics fixed): the one the rollout was collected in.
+        # One mode from start to end (dropout off): the one the rollout was collected in.
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
         buffers, guard = Snapshot(self.policy.buffers()), UpdateTransaction(self.policy)
@@ -544,34 +590,52 @@ class TRPO(DistributedAlgorithm):
 
         surrogate = self._surrogate(rollout, layers)  # L(θ), D̄_KL(θ_old, θ)
         steps: list[PolicyStep] = []
-        point = surrogate.start()
+        point, tracked = self._track_statistics(surrogate, rollout)
+        moved = Snapshot(self.policy.buffers())
         parts = self._parts(rollout)
         for part in parts:
-            at_start = part is None and not steps
+            at_start = part is None and not steps and not tracked
             seen, local = (rollout, surrogate) if at_start else self._relinearize(surrogate, rollout, part, layers)
             gradient = local.gradient(actor)  # g
             curved = self._subsampled(local, seen, layers)
             fisher = FisherOperator(curved, actor, self.cg_damping, actor_mlp(self.policy))  # v ↦ (F + λI) v
-            inverse = self._preconditioner(curved, layers, actor)  # ≈ v ↦ (F + λI)⁻¹ v
+            fisher.keep_definite(gradient)
+            inverse = self._preconditioner(curved, layers, actor, fisher.damping)  # ≈ v ↦ (F + λI)⁻¹ v
             solution = conjugate_gradient(
-                fisher, gradient, max_iter=self.cg_max_steps, rtol=self.cg_residual_tol, M=inverse, x0=self._guess(gradient)
+                fisher, gradient, max_iter=self.cg_max_steps, rtol=self.cg_residual_tol, M=inverse
             )  # s ≈ (F + λI)⁻¹ g
-            curvature = undamped_curvature(solution.curvature, self.cg_damping, float(solution.x.dot(solution.x)))  # sᵀFs
+            curvature = undamped_curvature(solution.curvature, fisher.damping, float(solution.x.dot(solution.x)))  # sᵀFs
             length = self._step_length(curvature, len(parts))  # β
             expected = length * float(gradient.dot(solution.x))
             search = self._search(surrogate, actor, length * solution.x, point, expected)  # θ + αʲβs, or θ
             if search.outcome is not LineSearchStatus.ACCEPTED:
-                buffers.restore()
-            if self.cg_warm_start:
-                self._direction = solution.x
+                moved.restore()
             steps.append(PolicyStep(point, float(gradient.norm()), solution, length, expected, search))
             point = search.point
-        critic = self._fit_critic(rollout, actor)
+        if all(step.search.outcome is not LineSearchStatus.ACCEPTED for step in steps):
+            buffers.restore()
+        critic = self._fit_critic(rollout, actor, tracked)
 
         self._failed_updates = guard.count(self._failed_updates, steps, critic)
         self._n_updates += 1
         self._record(steps, critic, surrogate.entropy, time.perf_counter() - started)
         guard.stop_after(self._failed_updates, self.max_failed_updates)
+
+    def _track_statistics(self, surrogate: Surrogate, rollout: RolloutBatch) -> tuple[Evaluation, Sequence[nn.Module]]:
+        """
+        Bring the policy's running statistics up to date, inside the trust region.
+
+        :param surrogate: L(θ) and D̄_KL(θ_old, θ)
+        :param rollout: the rollout
+        :return: objective and KL afterwards, and the layers whose statistics are the policy's
+        """
+        layers = tracking_layers(self.policy)
+        old = {layer: flatten(statistics([layer])) for layer in layers}
+        tracked = track(layers, self._distribution, rollout, self._chunk_size) if layers else []
+        if not tracked:
+            return surrogate.start(), []
+        before = th.cat([old[layer] for layer in tracked])
+        return keep_within(tracked, before, surrogate.evaluate, STATISTICS_SHARE * self._current_target_kl), tracked
 
     def _surrogate(self, rollout: RolloutBatch, layers: list[nn.Module]) -> Surrogate:
         return Surrogate(self._distribution, rollout.chunks(self._chunk_size), layers, self.ent_coef)
@@ -591,15 +655,10 @@ class TRPO(DistributedAlgorithm):
             seen = seen.sample(part)
         return seen, self._surrogate(seen, layers)
 
-    def _guess(self, gradient: th.Tensor) -> th.Tensor | None:
-        """Where conjugate gradients begin, if not at zero."""
-        usable = self.cg_warm_start and self._direction.shape == gradient.shape and bool(self._direction.any())
-        return self._direction.to(gradient) if usable else None
-
     @property
     def _current_target_kl(self) -> float:
         """δ at this point of the training."""
-        return self._target_kl_schedule(self._current_progress_remaining)
+        return schedule_value("target_kl", self.target_kl, self._current_progress_remaining)
 
     @property
     def _value_scale(self) -> float:
@@ -624,17 +683,18 @@ class TRPO(DistributedAlgorithm):
 
     def _evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
         """The critic's outputs, and log-probabilities."""
-        return self.policy.evaluate_actions(rollout.inputs, rollout.actions)[:2]
+        with raw_actions(self.policy):
+            return self.policy.evaluate_actions(rollout.inputs, rollout.actions)[:2]
 
     def _subsampled(self, surrogate: Surrogate, rollout: RolloutBatch, layers: list[nn.Module]) -> Surrogate:
         return surrogate if self.sub_sampling_factor == 1 else self._surrogate(rollout.thin(self.sub_sampling_factor), layers)
 
     def _preconditioner(
-        self, surrogate: Surrogate, layers: list[nn.Module], actor: list[nn.Parameter]
+        self, surrogate: Surrogate, layers: list[nn.Module], actor: list[nn.Parameter], damping: float
     ) -> KFACPreconditioner | None:
         if self.cg_preconditioner is None or not surrogate.has_closed_form:
             return None
-        return KFACPreconditioner(surrogate, layers, actor, self.cg_damping)
+        return KFACPreconditioner(surrogate, layers, actor, damping)
 
     def _step_length(self, curvature: float, n_steps: int) -> float:
         """
@@ -683,14 +743,18 @@ class TRPO(DistributedAlgorithm):
             before.restore()
         return search
 
-    def _fit_critic(self, rollout: RolloutBatch, actor: list[nn.Parameter]) -> CriticFit:
+    def _fit_critic(self, rollout: RolloutBatch, actor: list[nn.Parameter], tracked: Sequence[nn.Module] = ()) -> CriticFit:
         """
         Regress the values on the returns, in the parameters that the policy does not depend on.
 
         :param rollout: the rollout
         :param actor: θ, not to be touched
+        :param tracked: layers whose running statistics are the policy's
         :return: what the regression did
         """
+        own = [layer for layer in tracking_layers(self.policy) if layer not in tracked]
+        if own:
+            track(own, self._values, rollout, self._chunk_size)
         critic = critic_parameters(self.policy, self._values, rollout.select(slice(1)).inputs, actor)
         encode, head = value_function(self.policy, self._values, critic)
         if encode is not None:
@@ -710,8 +774,6 @@ class TRPO(DistributedAlgorithm):
                 chain=critic_mlp(self.policy),
                 damping=self.critic_damping,
                 n_steps=self.n_critic_steps,
-                cg_max_steps=self.critic_cg_max_steps,
-                cg_residual_tol=self.critic_cg_residual_tol,
             )
         return fit_minibatches(
             head,
@@ -765,18 +827,14 @@ class TRPO(DistributedAlgorithm):
         self.logger.record("train/target_kl", self._current_target_kl)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "last_update", "_direction"]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts, variables = super()._get_torch_save_params()
-        return state_dicts, [*variables, "_direction"] if self.cg_warm_start else variables
+        return [*super()._excluded_save_params(), "last_update", "_given_arguments"]
 
     def learn(
         self: SelfTRPO,
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 1,
-        tb_log_name: str = "TRPO",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfTRPO:
@@ -786,28 +844,15 @@ class TRPO(DistributedAlgorithm):
         :param total_timesteps: environment steps to collect, over all environments; rollouts are always completed
         :param callback: SB3 callback, or a list of them
         :param log_interval: updates between two writes of the log
-        :param tb_log_name: name of the run in TensorBoard
+        :param tb_log_name: name of the run in TensorBoard; None for the name of the algorithm
         :param reset_num_timesteps: start counting at 0; False to continue an earlier call
         :param progress_bar: show a progress bar (tqdm and rich)
         :return: the model
         """
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        name = self.algorithm() if tb_log_name is None else tb_log_name
+        return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
-    def _loaded(self, attributes: Attributes, keep: set[str]) -> None:
-        if "kl_is_joint" not in attributes.names:
-            self._convert_kl(keep)
-
-    def _convert_kl(self, keep: set[str]) -> None:
-        """Make arguments that refer to a KL averaged over action dimensions refer to the joint KL."""
-        averaged = isinstance(self.action_space, (spaces.Box, spaces.MultiBinary))
-        dimensions = get_action_dim(self.action_space) if averaged else 1
-        names = [name for name in ("target_kl", "cg_damping") if name not in keep]
-        changes = [f"{name}={getattr(self, name)} -> {getattr(self, name) * dimensions}" for name in names]
-        for name in names:
-            setattr(self, name, getattr(self, name) * dimensions)
-        self._set_target_kl_schedule()
-        warnings.warn(
-            "the file is from sb3-contrib, whose KL is averaged over action dimensions; "
-            f"converted to the joint KL of {dimensions} dimension(s): {', '.join(changes) or 'nothing to change'}",
-            stacklevel=4,
-        )
+    def _loaded(self, names: set[str], keep: set[str]) -> None:
+        if "kl_is_joint" not in names:
+            convert_model(self, keep)
+        self._warn_of_unused_arguments(keep)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
@@ -29,7 +31,7 @@ from torch.distributions import (
 from torch.nn import functional as F
 
 from sb3_trpo import TRPO, MlpPolicy
-from sb3_trpo.actions import BoundedActionPolicy, CustomDistribution, TanhGaussianDistribution, log_tanh_slope
+from sb3_trpo.actions import BoundedActionPolicy, CustomDistribution, TanhGaussianDistribution, log_tanh_slope, raw_actions
 from sb3_trpo.optim.distributions import components, has_closed_form, joint_kl
 from sb3_trpo.optim.fisher import FisherOperator
 from sb3_trpo.optim.objective import policy_forward
@@ -321,17 +323,135 @@ class OwnForward(MlpPolicy):
 
 @pytest.mark.parametrize("arguments", [{"rollout_buffer_class": OwnBuffer}, {"policy": OwnForward}], ids=["buffer", "forward"])
 @pytest.mark.parametrize("action_bound", BOUNDS)
-def test_bounds_hold_in_sb3s_own_loop_or_are_refused(action_bound: str, arguments: dict[str, Any]) -> None:
+def test_bounds_hold_in_sb3s_own_loop(action_bound: str, arguments: dict[str, Any]) -> None:
     space = ASYMMETRIC["float32"]
-    if action_bound == "tanh":
-        with pytest.raises(ValueError, match="action_bound='tanh' is not allowed with a policy that has a forward method"):
-            make_model(space, action_bound=action_bound, **arguments)
-        return
     model = make_model(space, action_bound=action_bound, **arguments).learn(32)
     raw = next(model.rollout_buffer.get(None)).actions.numpy()
-    expected = space.low + 0.5 * (np.clip(raw, -1.0, 1.0) + 1.0) * (space.high - space.low)
+    bounded = np.tanh(raw) if action_bound == "tanh" else np.clip(raw, -1.0, 1.0)
+    expected = space.low + 0.5 * (bounded + 1.0) * (space.high - space.low)
     seen = np.stack(model.env.envs[0].unwrapped.actions)
     np.testing.assert_allclose(np.sort(seen, axis=0), np.sort(expected, axis=0), rtol=1e-5, atol=1e-5)
+    assert not model.policy.squash_output
+    assert model.last_update.kl_divergence_loss.last <= 0.05
+    assert bool((np.abs(raw) > 1.0).any())
+
+
+# ---- the policy's methods use the environment's actions
+
+by_bound_and_shape = pytest.mark.parametrize(
+    ("action_bound", "dist_fn", "shape"),
+    [
+        ("tanh", None, (2,)),
+        ("clip", None, (2,)),
+        ("tanh", state_dependent_normal, (2,)),
+        ("clip", None, (2, 2)),
+        ("tanh", None, (2, 2)),
+    ],
+)
+
+
+def box(shape: tuple[int, ...]) -> spaces.Box:
+    return spaces.Box(np.full(shape, -0.3, np.float32), np.full(shape, 5.7, np.float32))
+
+
+@by_bound_and_shape
+def test_policy_forward_returns_actions_that_evaluate_actions_takes(action_bound: str, dist_fn: Any, shape: Any) -> None:
+    policy = make_policy(box(shape), action_bound=action_bound, dist_fn=dist_fn)
+    actions, values, log_prob = policy(states())
+    assert actions.shape == (16, *shape)
+    assert all(policy.action_space.contains(action) for action in actions.detach().numpy())
+    inside = ((actions > -0.3) & (actions < 5.7)).flatten(1).all(dim=1)
+    assert bool(inside.any()) or action_bound == "clip"
+    for given in (actions, actions.flatten(1)):  # as the environment has them, or as a buffer does
+        again = policy.evaluate_actions(states(), given)
+        th.testing.assert_close(again[0], values)
+        th.testing.assert_close(again[1][inside], log_prob[inside], rtol=1e-3, atol=1e-3)
+    th.testing.assert_close(
+        policy(states(), deterministic=True)[0].detach().numpy(), policy.predict(states().numpy(), deterministic=True)[0]
+    )
+
+
+@by_bound_and_shape
+def test_policy_converts_actions_both_ways(action_bound: str, dist_fn: Any, shape: Any) -> None:
+    policy = make_policy(box(shape), action_bound=action_bound, dist_fn=dist_fn)
+    low, high = (th.as_tensor(bound) for bound in (policy.action_space.low, policy.action_space.high))
+    actions = th.stack([low, high, 0.5 * (low + high), low - 1.0, high + 1.0])
+    raw = policy.from_env(actions)
+    assert raw.shape == (5, math.prod(shape))
+    assert bool(raw.isfinite().all())
+    th.testing.assert_close(policy.to_env(raw).reshape(actions.shape), actions.clip(low, high), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("action_bound", [*BOUNDS, None])
+def test_policy_cloned_from_actions_predicts_them(action_bound: str | None) -> None:
+    """Behavior cloning as in the package imitation: maximize log π(a|s) of the expert's actions."""
+    for low, high, action in ((-1.0, 1.0, 0.9), (-0.3, 5.7, 5.0)):
+        space = spaces.Box(low, high, (1,))
+        policy = make_policy(space, action_bound=action_bound, log_std_init=-1.0)
+        optimizer = th.optim.Adam(policy.parameters(), 1e-2)
+        for _ in range(300):
+            loss = -policy.evaluate_actions(states(), th.full((16, 1), action))[1].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        predicted, _ = policy.predict(states().numpy(), deterministic=True)
+        np.testing.assert_allclose(predicted, action, atol=0.03 * (high - low))
+
+
+@pytest.mark.parametrize("action_bound", BOUNDS)
+def test_policy_serves_sb3s_ppo(action_bound: str) -> None:
+    """What its loop sends to the environment is what it stores."""
+    spy = Spy(box((2,)))
+    model = PPO(
+        MlpPolicy,
+        spy,
+        n_steps=32,
+        batch_size=32,
+        n_epochs=1,
+        seed=0,
+        device="cpu",
+        policy_kwargs={"action_bound": action_bound},
+    )
+    model.learn(32)
+    stored = model.rollout_buffer.actions.reshape(32, 2)
+    np.testing.assert_allclose(np.sort(np.stack(spy.actions), axis=0), np.sort(stored, axis=0), rtol=1e-5)
+    assert np.isfinite(model.logger.name_to_value["train/loss"])
+
+
+def test_policy_raw_actions_end_with_the_block() -> None:
+    policy = make_policy(action_bound="tanh")
+    with raw_actions(policy):
+        with raw_actions(policy):
+            pass
+        assert policy.squash_output
+        th.manual_seed(1)
+        raw = policy(states())[0]
+    assert not policy.squash_output
+    th.manual_seed(1)
+    th.testing.assert_close(policy(states())[0], policy.to_env(raw))
+    plain = make_policy()
+    with raw_actions(plain):
+        assert not plain.squash_output
+
+
+@pytest.mark.parametrize("action_bound", BOUNDS)
+def test_update_reads_raw_actions(action_bound: str) -> None:
+    """The buffer's log-probabilities are those of the raw actions in it."""
+    model = make_model(ASYMMETRIC["float32"], action_bound=action_bound)
+    seen: list[th.Tensor] = []
+
+    class Read(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            rollout = next(self.model.rollout_buffer.get(None))
+            distribution = self.model.policy.get_distribution(rollout.observations)
+            seen.append(distribution.log_prob(rollout.actions) - rollout.old_log_prob)
+
+    model.learn(64, Read())
+    assert len(seen) == 2
+    assert all(float(difference.abs().max()) < 1e-4 for difference in seen)
 
 
 # ---- users' distributions
@@ -511,7 +631,7 @@ def test_a_policy_saved_alone_keeps_its_options(kwargs: dict[str, Any], tmp_path
     loaded = MlpPolicy.load(tmp_path / "policy")
     for name in ("action_bound", "dist_fn", "n_dist_outputs"):
         assert getattr(loaded, name) == kwargs.get(name)
-    assert bool(loaded.squash_output) == ("action_bound" in kwargs)
+    assert not loaded.squash_output
     for deterministic in (True, False):
         predictions = []
         for one in (policy, loaded):

@@ -194,7 +194,6 @@ class TestEquality:
             pytest.skip("the policy changes with every call")
         model = Run(row, row.algorithm.collect_rollouts, n_rollouts=1).model
         model.cg_max_steps, model.cg_residual_tol, model.target_kl = 200, 1e-6, 1e-3
-        model._set_target_kl_schedule()
         model.policy.set_training_mode(False)
         rollout = model._read_rollout()
         actor, direction = dense_direction(model, rollout)

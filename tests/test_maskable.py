@@ -24,11 +24,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from sb3_trpo import MaskableTRPO
+from sb3_trpo.adapters.models import actor_mlp, critic_mlp
 from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.optim.distributions import components, has_closed_form
 from sb3_trpo.optim.fisher import FisherOperator
 from sb3_trpo.optim.kfac import KFACPreconditioner, kfac_layers
-from sb3_trpo.optim.mlp import actor_mlp, critic_mlp
 from sb3_trpo.optim.objective import Surrogate
 from sb3_trpo.optim.parameters import flatten
 from sb3_trpo.policies import actor_parameters
@@ -167,7 +167,7 @@ class Case:
 @pytest.fixture(params=[Double, LearnedDouble], ids=["chain", "general"])
 def extractor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[FlattenExtractor]:
     if request.param is Double:  # else only SB3's own extractor, which is of float32, is known to be flat
-        monkeypatch.setattr("sb3_trpo.optim.mlp.FlattenExtractor", Double)
+        monkeypatch.setattr("sb3_trpo.adapters.models.FlattenExtractor", Double)
     return request.param
 
 
@@ -440,7 +440,7 @@ class TestUpdate:
             {"critic_method": "minibatch"},
             {"cg_preconditioner": None, "sub_sampling_factor": 3},
             {"policy_batch_size": 10, "n_policy_updates": 2, "ent_coef": 0.01},
-            {"return_scaling": True, "cg_warm_start": True},
+            {"return_scaling": True},
             {"target_kl": 0.5, "line_search_max_iter": 30},
         ],
         ids=str,

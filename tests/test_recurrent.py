@@ -657,7 +657,7 @@ class TestUpdate:
             {"cg_preconditioner": None},
             {"sub_sampling_factor": 3},
             {"policy_batch_size": 12, "n_policy_updates": 2},
-            {"return_scaling": True, "ent_coef": 0.01, "cg_warm_start": True},
+            {"return_scaling": True, "ent_coef": 0.01},
             {"use_sde": True},
         ],
         ids=str,

@@ -1,7 +1,14 @@
 """The constructor takes sb3-contrib's arguments, and refuses wrong ones before anything is built."""
 
 import inspect
+import io
+import json
 import warnings
+import zipfile
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from pydoc import plain, render_doc
 from typing import Any
 
 import gymnasium as gym
@@ -10,14 +17,16 @@ import pytest
 import sb3_contrib
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnv
 from stable_baselines3.dqn.policies import DQNPolicy
 from torch import nn
 
-from sb3_trpo import TRPO, CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_trpo import NPG, TRPO, CnnPolicy, MaskableTRPO, MlpPolicy, MultiInputPolicy, RecurrentTRPO
 
 NAN, INF = float("nan"), float("inf")
+ALGORITHMS = [(TRPO, "MlpPolicy"), (NPG, "MlpPolicy"), (RecurrentTRPO, "MlpLstmPolicy"), (MaskableTRPO, "MlpPolicy")]
 NO_COUNT = (0, -1, 1.5, 2.0, "3", None, True, NAN, INF)
 NO_FRACTION = (-0.1, 1.1, NAN, INF, None, "0.9", True)
 NO_POSITIVE_NUMBER = (0, 0.0, -0.01, NAN, INF, None, "0.1", True)
@@ -40,14 +49,11 @@ BAD: dict[str, tuple[Any, ...]] = {
     "critic_method": ("adam", None, 0),
     "critic_damping": NO_POSITIVE_NUMBER,
     "n_critic_steps": NO_COUNT,
-    "critic_cg_max_steps": NO_COUNT,
-    "critic_cg_residual_tol": NO_NUMBER_FROM_ZERO,
     "max_batch_size": (0, -1, 1.5, "3", True, NAN),
     "ent_coef": NO_NUMBER_FROM_ZERO,
     "n_policy_updates": NO_COUNT,
     "policy_batch_size": (0, -1, 1.5, "3", True, NAN),
     "line_search_accept_ratio": NO_FRACTION,
-    "cg_warm_start": (None, 1, 0, "yes"),
     "return_scaling": (None, 1, 0, "yes"),
     "action_bound": ("", "Tanh", "scale", True, 0),
 }
@@ -74,6 +80,9 @@ def test_methods_take_the_arguments_of_sb3_contrib(method: str) -> None:
     theirs, ours = parameters(sb3_contrib.TRPO, method), parameters(TRPO, method)
 
     new = [ours.pop(name) for name in list(ours) if name not in theirs]
+    if method == "learn":
+        assert ours["tb_log_name"].default is None  # the algorithm's name, "TRPO"
+        theirs["tb_log_name"] = theirs["tb_log_name"].replace(default=None)
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [(p.name, p.kind, p.default) for p in theirs.values()]
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is False for p in new)
     assert [p.name for p in new] == (["trust", "allow_non_finite"] if method == "load" else [])
@@ -98,14 +107,11 @@ def test_every_argument_is_kept_under_its_name() -> None:
         "critic_method": "minibatch",
         "critic_damping": 0.4,
         "n_critic_steps": 3,
-        "critic_cg_max_steps": 5,
-        "critic_cg_residual_tol": 0.2,
         "max_batch_size": 7,
         "ent_coef": 0.01,
         "n_policy_updates": 2,
         "policy_batch_size": 5,
         "line_search_accept_ratio": 0.1,
-        "cg_warm_start": True,
         "return_scaling": True,
     }
     model = TRPO("MlpPolicy", IdentityEnv(2), device="cpu", **arguments)
@@ -131,7 +137,7 @@ def test_a_bad_argument_is_refused_before_an_environment_is_made(name: str, valu
         {"gamma": 1, "gae_lambda": 1.0},
         {"n_steps": np.int64(8), "batch_size": np.int32(4), "target_kl": np.float64(0.01), "gamma": np.float32(0.9)},
         {"cg_max_steps": 1, "line_search_max_iter": 1, "n_critic_updates": 1, "line_search_shrinking_factor": 1e-3},
-        {"n_critic_steps": 1, "critic_cg_max_steps": 1, "max_batch_size": 1},
+        {"n_critic_steps": 1, "max_batch_size": 1},
         {"sub_sampling_factor": 8},
         {"ent_coef": 0, "n_policy_updates": 1, "policy_batch_size": 8, "line_search_accept_ratio": 0},
         {"ent_coef": np.float32(0.5), "n_policy_updates": np.int64(2), "policy_batch_size": 1, "line_search_accept_ratio": 1},
@@ -165,10 +171,303 @@ def test_a_batch_that_does_not_divide_the_rollout_warns(batch_size: int) -> None
     assert model.learn(8).num_timesteps == 8
 
 
-def test_a_batch_that_nothing_uses_does_not_warn() -> None:
+# ---- numbers of every kind
+
+
+@pytest.mark.parametrize(("algorithm", "policy"), ALGORITHMS)
+def test_numbers_of_every_kind_train_as_pythons_own(algorithm: type[TRPO], policy: str) -> None:
+    plain: dict[str, Any] = {
+        "n_steps": 100,
+        "gamma": 0.5,
+        "gae_lambda": 0.25,
+        "ent_coef": 0.0,
+        "cg_max_steps": 3,
+        "target_kl": 0.125,
+    }
+    kinds: dict[str, Any] = {
+        "n_steps": np.int8(100),
+        "gamma": np.float64(0.5),
+        "gae_lambda": Fraction(1, 4),
+        "ent_coef": np.float32(0.0),
+        "cg_max_steps": np.uint8(3),
+        "target_kl": np.float64(0.125),
+        "seed": np.int64(0),
+        "n_policy_updates": np.int16(1),
+        "sub_sampling_factor": np.uint8(1),
+        "critic_damping": Fraction(3, 100),
+    }
+    small = {"net_arch": [4], **({"lstm_hidden_size": 4} if algorithm is RecurrentTRPO else {})}
+    models = []
+    for arguments in ({"seed": 0, **plain}, kinds):
+        env = make_vec_env(lambda: ActionMasker(gym.make("CartPole-v1"), lambda env: np.ones(2, bool)), n_envs=2)
+        models.append(algorithm(policy, env, device="cpu", policy_kwargs=small, **arguments).learn(400))
+    for name in kinds:
+        assert type(getattr(models[1], name)) in (int, float), name
+    first, second = (model.policy.state_dict().values() for model in models)
+    assert all(th.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_numbers_given_to_load_are_converted(tmp_path: Path) -> None:
+    TRPO("MlpPolicy", IdentityEnv(2), n_steps=8, device="cpu").save(tmp_path / "model")
+    model = TRPO.load(tmp_path / "model", env=IdentityEnv(2), gamma=np.float64(0.5), n_steps=np.int8(100), device="cpu")
+    assert (type(model.gamma), type(model.n_steps)) == (float, int)
+    with pytest.raises(ValueError, match=r"^seed='x' is not allowed"):
+        TRPO.load(tmp_path / "model", seed="x", device="cpu")
+
+
+# ---- schedules
+
+
+def test_schedule_that_fails_in_the_middle_is_named_in_learn() -> None:
+    def target_kl(progress_remaining: float) -> float:
+        return -1.0 if 0.0 < progress_remaining < 1.0 else 0.01
+
+    with pytest.raises(ValueError, match=r"^target_kl=<function .*it returned -1.0 at progress_remaining=0.5"):
+        TRPO("MlpPolicy", IdentityEnv(2), n_steps=8, target_kl=target_kl, device="cpu").learn(16)
+
+
+def test_schedule_of_the_learning_rate_is_checked_at_use_by_the_minibatch_critic_alone() -> None:
+    def learning_rate(progress_remaining: float) -> float:
+        return NAN if 0.0 < progress_remaining < 1.0 else 0.01
+
+    def make(**kwargs: Any) -> TRPO:
+        return TRPO("MlpPolicy", IdentityEnv(2), learning_rate, n_steps=8, batch_size=8, device="cpu", **kwargs)
+
+    with pytest.raises(ValueError, match=r"^learning_rate=<function .*it returned nan at progress_remaining=0.5"):
+        make(critic_method="minibatch").learn(16)
+    make().learn(16)
+
+
+def test_schedule_that_ends_at_zero_is_allowed() -> None:
+    model = TRPO("MlpPolicy", IdentityEnv(2), n_steps=8, target_kl=lambda progress: 0.1 * progress, device="cpu").learn(8)
+    assert model.logger.name_to_value["train/target_kl"] == 0.0
+
+
+# ---- arguments without effect
+
+
+def warnings_of(function: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function()
+    found = [warning for warning in caught if "no effect" in str(warning.message)]
+    assert all(warning.filename == __file__ for warning in found)
+    return [str(warning.message) for warning in found]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments", "expected"),
+    [
+        (TRPO, {}, []),
+        (TRPO, {"learning_rate": 1e-3}, ["critic_method='gauss_newton': learning_rate"]),
+        (TRPO, {"learning_rate": 1e-3, "batch_size": 3}, ["critic_method='gauss_newton': learning_rate, batch_size"]),
+        (
+            TRPO,
+            {"n_critic_updates": 1, "policy_kwargs": {"optimizer_class": th.optim.SGD}},
+            ["critic_method='gauss_newton': n_critic_updates, policy_kwargs['optimizer_class']"],
+        ),
+        (TRPO, {"critic_method": "minibatch", "learning_rate": 1e-3, "batch_size": 4, "n_critic_updates": 1}, []),
+        (
+            TRPO,
+            {"critic_method": "minibatch", "batch_size": 8, "critic_damping": 1.0, "n_critic_steps": 2},
+            ["critic_method='minibatch': critic_damping, n_critic_steps"],
+        ),
+        (NPG, {}, []),
+        (NPG, {"batch_size": 4}, ["critic_method='gauss_newton': batch_size"]),
+        (NPG, {"target_kl": 0.1}, []),
+        (RecurrentTRPO, {}, []),
+        (RecurrentTRPO, {"learning_rate": 1e-3}, ["critic_method='gauss_newton': learning_rate"]),
+        (NPG, {"target_kl": 0.1, "actor_step_size": 0.1}, ["actor_step_size: target_kl"]),
+    ],
+)
+def test_arguments_without_effect_are_named_once(
+    algorithm: type[TRPO], arguments: dict[str, Any], expected: list[str]
+) -> None:
+    arguments = {"n_steps": 8, "device": "cpu"} | arguments
+    policy = dict(ALGORITHMS)[algorithm]
+    found = warnings_of(lambda: algorithm(policy, IdentityEnv(2), **arguments).learn(16))
+    assert found == [f"no effect with {words}" for words in expected]
+
+
+def test_arguments_without_effect_are_named_in_load(tmp_path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        TRPO("MlpPolicy", IdentityEnv(2), n_steps=8, batch_size=3, device="cpu")
+        warnings.simplefilter("ignore")
+        TRPO("MlpPolicy", IdentityEnv(2), n_steps=8, device="cpu", learning_rate=0.5).save(tmp_path / "model")
+    assert not warnings_of(lambda: TRPO.load(tmp_path / "model", device="cpu"))
+    assert len(warnings_of(lambda: TRPO.load(tmp_path / "model", device="cpu", learning_rate=0.1))) == 1
+
+
+def test_learning_rate_is_logged_where_it_is_used() -> None:
+    for critic_method in ("gauss_newton", "minibatch"):
+        model = TRPO(
+            "MlpPolicy", IdentityEnv(2), 0.5, n_steps=8, batch_size=8, device="cpu", critic_method=critic_method
+        ).learn(8)
+        logged = model.logger.name_to_value.get("train/learning_rate")
+        assert logged == (0.5 if critic_method == "minibatch" else None)
+
+
+def test_model_of_sb3_contrib_says_which_critic_it_gets(tmp_path: Path) -> None:
+    sb3_contrib.TRPO("MlpPolicy", IdentityEnv(2), n_steps=8, batch_size=8, device="cpu").save(tmp_path / "theirs")
+    with pytest.warns(
+        UserWarning, match=r"critic_method='gauss_newton', which does not use learning_rate, batch_size"
+    ) as found:
+        TRPO.load(tmp_path / "theirs", device="cpu")
+    assert found[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"joint KL") as found:
+        model = TRPO.load(tmp_path / "theirs", device="cpu", critic_method="minibatch")
+    assert "gauss_newton" not in str(found[0].message)
+    assert model.critic_method == "minibatch"
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("max_kl", "use target_kl"),
+        ("target_Kl", "did you mean 'target_kl'"),
+        ("cg_dampng", "did you mean 'cg_damping'"),
+        ("clip_range", "no clipping; target_kl bounds"),
+        ("vf_coef", "no weight between them"),
+        ("n_epochs", "use n_critic_updates"),
+        ("max_grad_norm", "not clipped"),
+        ("cg_warm_start", "start at zero"),
+        ("distributed", "class attribute"),
+        ("zzz", "$"),
+    ],
+)
+@pytest.mark.parametrize(("algorithm", "policy"), ALGORITHMS)
+def test_unknown_argument_gets_a_hint(algorithm: type[TRPO], policy: str, name: str, words: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{algorithm.__name__}\(\) got an unexpected keyword argument '{name}'.*{words}"):
+        algorithm(policy, IdentityEnv(2), **{name: 1.0})
+
+
+def test_missing_and_doubled_arguments_are_pythons_type_error() -> None:
+    with pytest.raises(TypeError, match=r"^TRPO\(\): missing a required argument: 'env'"):
+        TRPO("MlpPolicy")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^TRPO\(\): multiple values for argument 'policy'"):
+        TRPO("MlpPolicy", IdentityEnv(2), policy="MlpPolicy")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("algorithm", "policy"), ALGORITHMS)
+def test_signature_is_complete(algorithm: type[TRPO], policy: str) -> None:
+    removed = {name for name in parameters(TRPO) if algorithm is NPG and name.startswith("line_search")}
+    ours, trpos = parameters(algorithm), parameters(TRPO)
+    assert set(trpos) - removed == set(ours) - {"actor_step_size"}
+    changed = {name for name in set(trpos) - removed if ours[name].default != trpos[name].default}
+    assert changed == ({"n_steps"} if algorithm is RecurrentTRPO else set())
+    assert "Annotated[float, <a finite number of at least 0>] = 0.1" in plain(render_doc(algorithm))
+    assert "Annotated" not in str(parameters(TRPO, "learn"))
+
+
+def test_positional_arguments_count_as_given() -> None:
+    for algorithm, policy in ((TRPO, "MlpPolicy"), (RecurrentTRPO, "MlpLstmPolicy")):
+        found = warnings_of(lambda: algorithm(policy, IdentityEnv(2), 1e-3, 8, 8, device="cpu"))  # noqa: B023
+        assert found == ["no effect with critic_method='gauss_newton': learning_rate, batch_size"]
+
+
+def test_subclass_with_a_constructor_of_its_own(tmp_path: Path) -> None:
+    class Mine(TRPO):
+        def __init__(
+            self, policy: Any, env: Any, learning_rate: float = 1e-3, temperature: float = 1.0, **kwargs: Any
+        ) -> None:
+            self.temperature = temperature
+            super().__init__(policy, env, learning_rate, **kwargs)
+
+    model = Mine("MlpPolicy", IdentityEnv(2), n_steps=8, temperature=2.0, device="cpu").learn(8)
+    assert model.temperature == 2.0
+    model.save(tmp_path / "mine")
+    assert not warnings_of(lambda: Mine.load(tmp_path / "mine", device="cpu"))
+    with pytest.raises(TypeError, match=r"^Mine\(\) got an unexpected .*did you mean 'cg_damping'"):
+        Mine("MlpPolicy", IdentityEnv(2), cg_dampin=1.0)
+
+
+# ---- wrong values of every type
+
+
+class Mute:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+def raises(progress_remaining: float) -> float:
+    raise KeyError("no such phase")
+
+
+WRONG: list[Any] = [
+    *(None, True, 0, 1, -1, 2**31, 2**63, 2**70, 10**400, 0.0, 0.5, -0.5, 1.5, 1e300, NAN, INF),
+    *(np.int8(100), np.uint8(200), np.float64(0.9), np.True_, np.array(3), np.array([1, 2]), np.str_("cpu")),
+    *(
+        Fraction(1, 2),
+        Fraction(1, 10**400),
+        Decimal("0.5"),
+        1j,
+        "",
+        "1",
+        "auto",
+        "nonsense",
+        b"x",
+        [1],
+        (),
+        {},
+        {"a": 1},
+        {1: 2},
+    ),
+    *(
+        set(),
+        object(),
+        Mute(),
+        int,
+        TRPO,
+        len,
+        raises,
+        th.tensor(0.5),
+        th.tensor([1.0]),
+        th.device("meta"),
+        spaces.Discrete(2),
+    ),
+    *(lambda: 1.0, *(lambda _, value=value: value for value in (None, "x", np.array([1.0, 2.0]), NAN, -1.0, INF, 1e-3))),
+]
+
+
+@pytest.mark.parametrize("name", [name for name in parameters(TRPO) if name not in ("self", "_init_setup_model")])
+def test_any_value_is_taken_or_refused_by_name(name: str) -> None:
+    for value in WRONG:
+        arguments = {"policy": "MlpPolicy", "env": IdentityEnv(2), "n_steps": 8, "batch_size": 8, "device": "cpu", name: value}
+        message = refusal(**arguments)
+        assert name in message or "(gSDE) can only" in message  # SB3's own error for use_sde=True
+        assert len(message) < 1000
+
+
+def refusal(**arguments: Any) -> str:
+    """The message of a ValueError that names an argument; the arguments' names if they are taken."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            TRPO(**arguments)
+        except gym.error.Error:
+            assert not isinstance(arguments["env"], IdentityEnv)
+        except ValueError as error:
+            return str(error)
+    return str(list(arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"policy_kwargs": {"net_arch": [-1]}},
+        {"policy_kwargs": {"activation_fn": "relu"}},
+        {"policy_kwargs": {"no_such_option": 1}},
+        {"policy_kwargs": {"optimizer_class": 3}},
+        {"rollout_buffer_kwargs": {"no_such_option": 1}},
+    ],
+)
+def test_wrong_keyword_arguments_of_policy_and_buffer_are_named(arguments: dict[str, Any]) -> None:
+    (name,) = arguments
+    with pytest.raises(ValueError, match=rf"^{name}=.* is not allowed: .*MlpPolicy") as error:
+        TRPO("MlpPolicy", IdentityEnv(2), n_steps=8, device="cpu", **arguments)
+    assert error.value.__cause__ is not None
 
 
 @pytest.mark.parametrize("action_space", [spaces.Tuple([spaces.Discrete(2)]), spaces.Dict({"a": spaces.Discrete(2)})])
@@ -190,8 +489,10 @@ def test_a_policy_without_the_actor_critic_interface_is_refused(policy: type[Any
 
 
 def test_an_unknown_policy_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="NoSuchPolicy"):
+    with pytest.raises(ValueError, match=r"^policy='NoSuchPolicy' is not allowed: it must be 'MlpPolicy' or"):
         TRPO("NoSuchPolicy", IdentityEnv(2))
+    with pytest.raises(ValueError, match="did you mean 'MlpPolicy'"):
+        TRPO("MLPPolicy", IdentityEnv(2))
 
 
 @pytest.mark.parametrize(
@@ -199,3 +500,17 @@ def test_an_unknown_policy_name_is_refused() -> None:
 )
 def test_policies_have_sb3s_names(name: str, policy_class: type[Any]) -> None:
     assert TRPO.policy_aliases[name] is policy_class
+
+
+def test_file_with_attributes_of_earlier_versions_loads(tmp_path: Path) -> None:
+    """Commit 3440a56 saved these for `cg_warm_start=True`, and the search direction as a tensor."""
+    TRPO("MlpPolicy", IdentityEnv(2), n_steps=8, device="cpu").save(tmp_path / "new")
+    old = {"cg_warm_start": True, "critic_cg_max_steps": 5, "critic_cg_residual_tol": 0.2, "distributed": False}
+    tensors = io.BytesIO()
+    th.save({"_direction": th.ones(3)}, tensors)
+    with zipfile.ZipFile(tmp_path / "new.zip") as new, zipfile.ZipFile(tmp_path / "old.zip", "w") as file:
+        for name in new.namelist():
+            contents = tensors.getvalue() if name == "pytorch_variables.pth" else new.read(name)
+            file.writestr(name, json.dumps(json.loads(contents) | old) if name == "data" else contents)
+    model = TRPO.load(tmp_path / "old", env=IdentityEnv(2), device="cpu").learn(8)
+    assert not {*old, "_direction"} & set(vars(model))

@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in HOOKS]
 
+TENSORS = {th.Tensor, nn.Parameter}
 LIBRARIES = ("torch", "stable_baselines3", "sb3_contrib", "sb3_trpo")
 
 #: Functions of the known classes, as they were when this package was imported.
@@ -100,8 +101,8 @@ def _is_untouched(module: nn.Module) -> bool:
         attributes.get("_compiled_call_impl") is None
         and "parametrizations" not in attributes["_modules"]
         and not has_patched_methods(module)
-        and not any(isinstance(value, th.Tensor) for value in attributes.values())
-        and all(parameter is None or type(parameter) is nn.Parameter for parameter in attributes["_parameters"].values())
+        and TENSORS.isdisjoint(map(type, attributes.values()))
+        and {nn.Parameter, type(None)}.issuperset(map(type, attributes["_parameters"].values()))
     )
 
 

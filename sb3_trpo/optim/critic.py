@@ -22,6 +22,10 @@ from sb3_trpo.optim.parameters import Snapshot, all_finite, assign, flatten
 
 ValueFunction = Callable[[Inputs], th.Tensor]
 
+#: Conjugate gradient iterations of a Gauss-Newton step, and their relative tolerance.
+CG_MAX_STEPS = 8
+CG_RESIDUAL_TOL = 0.1
+
 
 class CriticFit(NamedTuple):
     """
@@ -141,8 +145,8 @@ def fit_gauss_newton(
     chain: MLP | None,
     damping: float,
     n_steps: int,
-    cg_max_steps: int,
-    cg_residual_tol: float,
+    cg_max_steps: int = CG_MAX_STEPS,
+    cg_residual_tol: float = CG_RESIDUAL_TOL,
 ) -> CriticFit:
     """
     Minimise E[(V(s) − R̂)²] by damped Gauss-Newton steps, each solved by conjugate gradients and shortened until it helps.
@@ -162,11 +166,15 @@ def fit_gauss_newton(
     """
     regression = ValueRegression(values, chunks, layers)
     # Two steps apart, the curvature is much the same: one preconditioner serves them all.
-    inverse = KFACPreconditioner(regression, layers, critic, damping) if critic else None
+    inverse: KFACPreconditioner | None = None
     for taken in range(n_steps if critic else 0):
+        gradient = regression.gradient(critic)
+        fisher = FisherOperator(regression, critic, damping, chain)
+        fisher.keep_definite(gradient)
+        inverse = inverse or KFACPreconditioner(regression, layers, critic, fisher.damping)
         solution = conjugate_gradient(
-            FisherOperator(regression, critic, damping, chain),
-            regression.gradient(critic),
+            fisher,
+            gradient,
             max_iter=cg_max_steps,
             rtol=cg_residual_tol,
             M=inverse,

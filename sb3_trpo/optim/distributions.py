@@ -5,10 +5,13 @@ either way the update works on the tuple of them, the *components*. A squashing 
 KL nor Fisher matrix, so the components before the squashing are all that is needed.
 """
 
+import copy
 import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType, ModuleType
+from typing import Any, TypeVar
 
 import torch as th
 from sb3_contrib.common.maskable.distributions import MaskableMultiCategoricalDistribution
@@ -18,6 +21,7 @@ from torch.distributions import Distribution as TorchDistribution
 from torch.distributions import kl_divergence as torch_kl_divergence
 
 Components = tuple[TorchDistribution, ...]
+Copied = TypeVar("Copied")
 
 
 class _Validation:
@@ -129,6 +133,35 @@ def detach(parts: Components) -> Components:
             family = Categorical if isinstance(part, Categorical) else Bernoulli
             constants.append(family(logits=part.logits.detach().clone()))  # type: ignore[attr-defined]
     return tuple(constants)
+
+
+def constant(value: Copied) -> Copied:
+    """
+    A deep copy without graphs, of distributions whose families are not known.
+
+    torch refuses to copy tensors that belong to a graph, and a distribution of the user's own may hold some.
+
+    :param value: any object
+    :return: its copy
+    """
+    memo: dict[int, Any] = {}
+    seen: set[int] = set()
+    todo: list[Any] = [value]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, (str, bytes, type, ModuleType, FunctionType)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, th.Tensor):
+            if not item.is_leaf:
+                memo[id(item)] = item.detach().clone()
+        elif isinstance(item, dict):
+            todo += item.values()
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            todo += item
+        else:
+            todo += vars(item).values() if hasattr(item, "__dict__") else ()
+    return copy.deepcopy(value, memo)
 
 
 def fisher_root(parts: Components, noise: Sequence[th.Tensor]) -> list[th.Tensor]:

@@ -6,6 +6,7 @@ F ≈ A ⊗ G with A = E[ā āᵀ] and G = E[g gᵀ] (Martens & Grosse 2015). A 
 averaged over the positions (Grosse & Martens 2016). Parameters of other layers get the diagonal.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.optim.distributions import fisher_root, outputs
-from sb3_trpo.optim.fisher import ggn_vector_product
+from sb3_trpo.optim.fisher import GGNProduct
 from sb3_trpo.optim.layers import LayerCall
 from sb3_trpo.optim.objective import ModelOutput, RolloutObjective
 from sb3_trpo.optim.parameters import flatten, unflatten
@@ -38,6 +39,8 @@ def kfac_layers(module: nn.Module, actor: Sequence[nn.Parameter]) -> list[nn.Mod
     """
     The layers whose Fisher block is a Kronecker product: Linear and (ungrouped) Conv2d with all parameters in θ.
 
+    Subclasses, parametrized, pruned and patched layers compute something else, and have the diagonal instead.
+
     :param module: the policy
     :param actor: θ
     :return: the layers
@@ -47,39 +50,67 @@ def kfac_layers(module: nn.Module, actor: Sequence[nn.Parameter]) -> list[nn.Mod
     return [
         layer
         for layer in module.modules()
-        if (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1))
-        and all(id(p) in theta and holders[id(p)] == 1 for p in layer.parameters(recurse=False))
+        if _has_kronecker_form(layer) and all(id(p) in theta and holders[id(p)] == 1 for p in _parameters(layer))
     ]
 
 
+def _has_kronecker_form(layer: nn.Module) -> bool:
+    is_convolution = type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
+    return (
+        (type(layer) is nn.Linear or is_convolution)
+        and {name for name, _ in layer.named_parameters(recurse=False)} in ({"weight"}, {"weight", "bias"})
+        and "forward" not in vars(layer)
+    )
+
+
+def _parameters(layer: nn.Module) -> list[nn.Parameter]:
+    """Weight and bias, in this order, whatever order they were registered in."""
+    parameters = dict(layer.named_parameters(recurse=False))
+    return [parameters[name] for name in ("weight", "bias") if name in parameters]
+
+
 def _rows(call: LayerCall) -> th.Tensor:
-    """ā of every state and position, shape ``(n_states, n_positions, n_inputs (+ 1))``."""
-    layer, inputs = call.layer, call.input
+    """ā of every input and position, shape ``(n, n_positions, n_inputs (+ 1))``."""
+    layer = call.layer
+    inputs = call.input.to(_factor_dtype(layer))
     if isinstance(layer, nn.Conv2d):
+        inputs = inputs if inputs.ndim == 4 else inputs.unsqueeze(0)
         if isinstance(layer.padding, str):
             inputs = F.pad(inputs, layer._reversed_padding_repeated_twice)
         padding = 0 if isinstance(layer.padding, str) else layer.padding
         rows = F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
     else:
+        inputs = inputs if inputs.ndim > 1 else inputs.unsqueeze(0)
         rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
     return rows if layer.bias is None else F.pad(rows, (0, 1), value=1.0)
 
 
-def call_factors(call: LayerCall, slope: th.Tensor, weights: th.Tensor) -> Factors:
+def _factor_dtype(layer: nn.Module) -> th.dtype:
+    """Factors are never in half precision, which has no Cholesky decomposition."""
+    return th.promote_types(_parameters(layer)[0].dtype, th.float32)
+
+
+def call_factors(call: LayerCall, gradient: th.Tensor, weights: th.Tensor) -> Factors:
     """
     Share of one call in its layer's factors.
 
+    Inputs that are not one for each state (objects or frames folded into the batch, sequences first, a table of
+    embeddings) all have the mean weight, and count as positions.
+
     :param call: the call
-    :param slope: g, shaped as the call's output
+    :param gradient: g, shaped as the call's output
     :param weights: share of each state in the mean, shape ``(n_states,)``
     :return: weighted sums of ā āᵀ and g gᵀ
     """
     a = _rows(call)
-    g = slope.flatten(start_dim=2).transpose(1, 2) if isinstance(call.layer, nn.Conv2d) else slope.reshape(*a.shape[:2], -1)
-    states = weights.view(-1, 1, 1)
-    A = (a * states).flatten(end_dim=1).t() @ a.flatten(end_dim=1)
-    G = (g * states).flatten(end_dim=1).t() @ g.flatten(end_dim=1)
-    return Factors(A, G / a.shape[1])
+    g = gradient.to(a.dtype)
+    g = g.flatten(start_dim=-2).transpose(-1, -2) if isinstance(call.layer, nn.Conv2d) else g
+    g = g.reshape(*a.shape[:2], -1)
+    share = (weights.view(-1, 1, 1) if len(a) == len(weights) else weights.mean()).to(a.dtype)
+    A = (a * share).flatten(end_dim=1).t() @ a.flatten(end_dim=1)
+    G = (g * share).flatten(end_dim=1).t() @ g.flatten(end_dim=1)
+    n_positions = len(a) * a.shape[1] / len(weights)
+    return Factors(A, G / max(n_positions, 1.0 / len(weights)))
 
 
 def damped_inverses(factors: Factors, damping: float) -> Factors:
@@ -90,17 +121,26 @@ def damped_inverses(factors: Factors, damping: float) -> Factors:
 
     :param factors: A and G
     :param damping: λ; a share of the factors' size that rounding needs is added in any case
-    :return: the inverses, positive definite
+    :return: the inverses, positive definite; not finite where a factor is not
     """
     sizes = [factor.diagonal().mean() for factor in factors]
-    pi = th.where((sizes[0] > 0) & (sizes[1] > 0), sizes[0] / sizes[1], th.ones_like(sizes[0])).sqrt()
-    inverses = []
-    for factor, size, shift in zip(factors, sizes, (pi * damping**0.5, damping**0.5 / pi), strict=True):
-        shift = shift + 100.0 * th.finfo(factor.dtype).eps * size
-        shift = th.where(shift == 0, th.ones_like(shift), shift)
-        root, _ = th.linalg.cholesky_ex(factor + shift * th.eye(len(factor), dtype=factor.dtype, device=factor.device))
-        inverses.append(th.cholesky_inverse(root))
-    return Factors(*inverses)
+    ratio = sizes[0] / sizes[1]
+    pi = th.where((ratio > 0) & ratio.isfinite(), ratio, th.ones_like(ratio)).sqrt()
+    shifts = (pi * damping**0.5, damping**0.5 / pi)
+    return Factors(*map(_shifted_inverse, factors, sizes, shifts))
+
+
+def _shifted_inverse(factor: th.Tensor, size: th.Tensor, shift: th.Tensor) -> th.Tensor:
+    """(factor + shift I)⁻¹, with the smallest further shift that makes it positive definite in spite of rounding."""
+    eps = th.finfo(factor.dtype).eps
+    eye = th.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    for rounding in (100.0 * eps, 0.01, 1.0):
+        total = shift + rounding * size
+        total = th.where(total == 0, th.ones_like(total), total)
+        root, info = th.linalg.cholesky_ex(factor + total * eye)
+        if info == 0:
+            return th.cholesky_inverse(root)
+    return eye / (factor.diagonal() + total) if total.isfinite() else math.nan * eye
 
 
 class KFACPreconditioner:
@@ -120,20 +160,24 @@ class KFACPreconditioner:
         self, forwards: RolloutObjective, layers: Sequence[nn.Module], actor: Sequence[nn.Parameter], damping: float
     ) -> None:
         self._actor = actor
-        self._index = {id(parameter): position for position, parameter in enumerate(actor)}
-        factored = {self._index[id(parameter)] for layer in layers for parameter in layer.parameters(recurse=False)}
-        self._rest = [position for position in range(len(actor)) if position not in factored]
-        rest = [actor[position] for position in self._rest]
-
+        index = {id(parameter): position for position, parameter in enumerate(actor)}
         sums: dict[nn.Module, Factors] = {}
-        row_sums = actor[0].new_zeros(sum(parameter.numel() for parameter in rest))
+        row_sums: th.Tensor | None = None
         for chunk, _, new in forwards.graphs():
             for layer, factors in _chunk_factors(chunk, new):
                 sums[layer] = Factors(*map(th.add, sums[layer], factors)) if layer in sums else factors
+            if row_sums is None:  # what the first chunk leaves without factors has the diagonal
+                self._positions = {layer: [index[id(p)] for p in _parameters(layer)] for layer in sums}
+                factored = {position for positions in self._positions.values() for position in positions}
+                self._rest = [position for position in range(len(actor)) if position not in factored]
+                rest = [actor[position] for position in self._rest]
+                row_sums = flatten([actor[0].new_zeros(0), *(th.zeros_like(p, requires_grad=False) for p in rest)])
             if rest:
-                row_sums += ggn_vector_product(new.parts, chunk.weights, rest)(th.ones_like(row_sums))
-        row_sums, *means = forwards.ranks.sum_each([row_sums, *(factor for factors in sums.values() for factor in factors)])
-        pairs = zip(sums, means[::2], means[1::2], strict=True)
+                row_sums += GGNProduct(forwards, chunk, new, rest)(th.ones_like(row_sums))
+        assert row_sums is not None, "a rollout has at least one chunk"
+        factors_of = [sums[layer] for layer in self._positions]
+        row_sums, *means = forwards.ranks.sum_each([row_sums, *(factor for factors in factors_of for factor in factors)])
+        pairs = zip(self._positions, means[::2], means[1::2], strict=True)
         self._inverses = [(layer, damped_inverses(Factors(A, G), damping)) for layer, A, G in pairs]
         self._diagonal = (row_sums.clamp(min=0.0) + max(damping, th.finfo(row_sums.dtype).eps)).reciprocal()
 
@@ -152,8 +196,8 @@ class KFACPreconditioner:
         ):
             parts[position] = parts[position] * scaled
         for layer, (A_inverse, G_inverse) in self._inverses:
-            positions = [self._index[id(parameter)] for parameter in layer.parameters(recurse=False)]
-            block = th.cat([parts[position].reshape(len(G_inverse), -1) for position in positions], dim=1)
+            positions = self._positions[layer]
+            block = th.cat([parts[position].reshape(len(G_inverse), -1) for position in positions], dim=1).to(A_inverse)
             product = G_inverse @ block @ A_inverse
             widths = [parts[position][0].numel() for position in positions]
             for position, columns in zip(positions, product.split(widths, dim=1), strict=True):
@@ -187,13 +231,13 @@ def _chunk_factors(chunk: RolloutBatch, new: ModelOutput) -> Iterator[tuple[nn.M
     noise = [part.to(like.dtype).view_as(like) for part, like in zip(signs.split(widths, dim=1), z, strict=True)]
     cotangents = fisher_root(new.parts, noise)
     moving = [position for position, tensor in enumerate(z) if tensor.requires_grad]
-    slopes = th.autograd.grad(
+    gradients = th.autograd.grad(
         [z[position] for position in moving],
-        [call.output for call in new.calls],
+        [call.edge for call in new.calls],
         [cotangents[position] for position in moving],
         retain_graph=True,
         allow_unused=True,
     )
-    for call, slope in zip(new.calls, slopes, strict=True):
-        if slope is not None:
-            yield call.layer, call_factors(call, slope, chunk.weights)
+    for call, gradient in zip(new.calls, gradients, strict=True):
+        if gradient is not None:
+            yield call.layer, call_factors(call, gradient, chunk.weights)

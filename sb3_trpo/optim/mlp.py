@@ -8,40 +8,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch as th
-from sb3_contrib.common.maskable.distributions import (
-    MaskableBernoulliDistribution,
-    MaskableCategoricalDistribution,
-    MaskableMultiCategoricalDistribution,
-)
-from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
-from stable_baselines3.common.distributions import (
-    BernoulliDistribution,
-    CategoricalDistribution,
-    DiagGaussianDistribution,
-    MultiCategoricalDistribution,
-)
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
-from sb3_trpo.actions import BoundedActionPolicy, TanhGaussianDistribution
 from sb3_trpo.optim.layers import LayerCall
 
 ELEMENTWISE = (nn.Tanh, nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Sigmoid, nn.Softplus, nn.Identity)
-
-
-STATE_INDEPENDENT_NOISE = (
-    DiagGaussianDistribution,
-    TanhGaussianDistribution,
-    CategoricalDistribution,
-    MultiCategoricalDistribution,
-    BernoulliDistribution,
-    MaskableCategoricalDistribution,
-    MaskableMultiCategoricalDistribution,
-    MaskableBernoulliDistribution,
-)
-
-STANDARD_POLICIES = (ActorCriticPolicy, BoundedActionPolicy, MaskableActorCriticPolicy)
 
 
 class MLP(NamedTuple):
@@ -76,46 +47,6 @@ def chain(modules: Sequence[nn.Module]) -> MLP | None:
         and not any(getattr(activation, "inplace", False) for activation in activations)
     )
     return MLP(layers, activations) if is_chain else None  # type: ignore[arg-type]
-
-
-def _is_standard(policy: nn.Module, methods: Sequence[str]) -> bool:
-    """Whether the policy feeds flat features to an MlpExtractor the way SB3's own class does, through these methods."""
-    return (
-        isinstance(policy, STANDARD_POLICIES)
-        and type(policy.mlp_extractor) is MlpExtractor
-        and type(policy.features_extractor) is FlattenExtractor
-        and all(
-            getattr(type(policy), method) in [getattr(standard, method) for standard in STANDARD_POLICIES]
-            for method in methods
-        )
-    )
-
-
-def actor_mlp(policy: nn.Module) -> MLP | None:
-    """
-    The chain from the flat observation to the action distribution's main parameters.
-
-    :param policy: any policy
-    :return: the chain, or None if the policy is not SB3's standard MLP policy
-    """
-    if not _is_standard(policy, ["get_distribution", "extract_features", "_get_action_dist_from_latent"]):
-        return None
-    family: type = type(policy.action_dist)  # a subclass may have other parameters
-    if family not in STATE_INDEPENDENT_NOISE:
-        return None
-    return chain([*policy.mlp_extractor.policy_net, policy.action_net])  # type: ignore[union-attr,misc,list-item]
-
-
-def critic_mlp(policy: nn.Module) -> MLP | None:
-    """
-    The chain from the flat observation to the value.
-
-    :param policy: any policy
-    :return: the chain, or None if the policy is not SB3's standard MLP policy
-    """
-    if not _is_standard(policy, ["predict_values", "extract_features"]):
-        return None
-    return chain([*policy.mlp_extractor.value_net, policy.value_net])  # type: ignore[union-attr,misc,list-item]
 
 
 class MLPJacobian:

@@ -1,6 +1,5 @@
 """Forward passes over a rollout, and the two functions of TRPO's problem on them: surrogate objective and KL."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -8,10 +7,11 @@ from typing import NamedTuple
 import torch as th
 from stable_baselines3.common.distributions import Distribution
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sb3_trpo.distributed.process_group import ProcessGroup
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
-from sb3_trpo.optim.distributions import Components, components, detach, has_closed_form, joint_kl
+from sb3_trpo.optim.distributions import Components, components, constant, detach, has_closed_form, joint_kl
 from sb3_trpo.optim.layers import LayerCall, recorded_calls
 from sb3_trpo.optim.line_search import Evaluation
 from sb3_trpo.optim.parameters import flatten
@@ -84,16 +84,29 @@ class RolloutObjective:
         chunks: Sequence[RolloutBatch],
         layers: Sequence[nn.Module] = (),
     ) -> None:
-        self._forward = forward
+        self._function = forward
         self._chunks = chunks
         self._layers = layers
-        self._only_graph = forward(chunks[0], layers) if len(chunks) == 1 else None
+        #: Whether products by differentiating twice have turned out right; None before the first.
+        self.is_twice_differentiable: bool | None = None
+        self._only_graph = self.forward(chunks[0], layers) if len(chunks) == 1 else None
         if self._only_graph is not None and has_closed_form(self._only_graph.parts):
             self._old = [self._only_graph.detached()]
         else:
             # A family of the user's own may hold the parameters themselves, which are about to change.
             with th.no_grad():
-                self._old = [copy.deepcopy(forward(chunk, ())) for chunk in chunks]
+                self._old = [constant(self.forward(chunk)) for chunk in chunks]
+
+    def forward(self, chunk: RolloutBatch, layers: Sequence[nn.Module] = ()) -> ModelOutput:
+        """
+        Evaluate the model at the parameters' present values.
+
+        :param chunk: states
+        :param layers: layers whose calls to record
+        :return: the model on the states
+        """
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+            return self._function(chunk, layers)
 
     @property
     def ranks(self) -> ProcessGroup:
@@ -119,7 +132,7 @@ class RolloutObjective:
         :return: iterator over (chunk, π_old detached, π_θ with its graph)
         """
         for chunk, old in zip(self._chunks, self._old, strict=True):
-            yield chunk, old, self._only_graph or self._forward(chunk, self._layers)
+            yield chunk, old, self._only_graph or self.forward(chunk, self._layers)
 
     def _gradient(
         self, function: Callable[[RolloutBatch, ModelOutput, ModelOutput], th.Tensor], theta: Sequence[th.Tensor]
@@ -173,7 +186,7 @@ class Surrogate(RolloutObjective):
         """
         totals = self._zeros(2)
         for chunk, old in zip(self._chunks, self._old, strict=True):
-            new = self._forward(chunk, ())
+            new = self.forward(chunk)
             kl = chunk.weights.dot(joint_kl(old.parts, new.parts))
             totals += th.stack([self._objective(chunk, old, new), kl])
         objective, kl_value = self.ranks.sum(totals).tolist()
@@ -205,7 +218,7 @@ class Surrogate(RolloutObjective):
         :return: ratios, shape ``(n_states,)``
         """
         chunks = zip(self._chunks, self._old, strict=True)
-        return th.cat([th.exp(self._forward(chunk, ()).log_prob - old.log_prob) for chunk, old in chunks])
+        return th.cat([th.exp(self.forward(chunk).log_prob - old.log_prob) for chunk, old in chunks])
 
     def _zeros(self, n: int) -> th.Tensor:
         return self._chunks[0].weights.new_zeros(n)

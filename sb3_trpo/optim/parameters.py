@@ -1,6 +1,7 @@
 """Parameters as one flat vector, and the only way the update writes to them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch as th
 
@@ -47,6 +48,26 @@ def all_finite(tensors: Iterable[th.Tensor]) -> bool:
     :return: True if every element is finite
     """
     return all(bool(th.isfinite(tensor).all()) for tensor in tensors)
+
+
+@contextmanager
+def shifted(parameters: Sequence[th.Tensor], step: th.Tensor) -> Iterator[None]:
+    """
+    Give parameters other values while the context lasts. Graphs made before stay usable after it.
+
+    :param parameters: tensors to shift
+    :param step: what to add to them, flat
+    :return: context manager
+    """
+    values = [parameter.data for parameter in parameters]
+    try:
+        for parameter, change in zip(parameters, unflatten(step, parameters), strict=True):
+            # Not `assign`: writing in place would tell autograd that what its graphs have saved is lost.
+            parameter.data = parameter.data + change.to(parameter.dtype)
+        yield
+    finally:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
 
 
 class Snapshot:

@@ -18,8 +18,9 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.rollouts.collect import Truncation, bootstrap, write_decisions
+from sb3_trpo.rollouts.fast_step import Observations
 from sb3_trpo.rollouts.policy_state import PolicyState
-from sb3_trpo.rollouts.samplers import ActionSampler, Observations
+from sb3_trpo.rollouts.samplers import ActionSampler
 
 
 class PolicyCalls(Protocol):
@@ -72,14 +73,12 @@ class RolloutActor:
         self._pending: list[Truncation] = []
         self._bootstraps: list[tuple[Truncation, float]] = []
 
-    def act(self, observations: Observations, step: int) -> np.ndarray:
-        """
-        Choose the actions of a step.
+    @property
+    def act(self) -> ActionSampler:
+        """Observations and the number of a step ↦ actions; the sampler itself if nothing more is to be done at a step."""
+        return self._act if self._sampler is None or self._state is not None else self._sampler
 
-        :param observations: one for each environment
-        :param step: number of the step in the rollout
-        :return: actions, shape ``(n_envs, *action_shape)``
-        """
+    def _act(self, observations: Observations, step: int) -> np.ndarray:
         self._follow_policy(step)
         self._step, self._observations, self._variables = step, observations, None
         if self._sampler is not None:
@@ -118,15 +117,14 @@ class RolloutActor:
         for truncation in truncations:  # one by one, as SB3, for networks that change with every call
             self._bootstrap([truncation])
 
-    def finish(self, last_observations: Observations, last_dones: np.ndarray) -> th.Tensor:
+    def finish(self, last_observations: Observations, last_dones: np.ndarray) -> None:
         """
         Fill in what the steps have left out: values, log-probabilities, bootstrapped rewards, advantages and returns.
 
         :param last_observations: observations after the last step
         :param last_dones: whether the last step ended an episode
-        :return: V of the last observations, shape ``(n_envs, 1)``
         """
-        n_steps = self._step + 1
+        n_steps = self._buffer.pos
         if self._has_changed():
             self._evaluate_by_old_policy(n_steps)
         with th.no_grad():
@@ -134,12 +132,11 @@ class RolloutActor:
             self._bootstrap(self._pending)
             last_values = self._algorithm._last_values(last_observations, last_dones)
         bootstrap(self._buffer, self._bootstraps, last_values, last_dones)
-        if self._variables is None:
+        if self._variables is None and self._step >= 0:
             log_probs = th.as_tensor(self._buffer.log_probs[self._step], device=self._policy.device)
             self._variables = {**self._unevaluated(), "log_probs": log_probs}
-        self._variables = {**self._variables, "values": last_values}
+        self._variables = {**(self._variables or {}), "values": last_values}
         self._state = None
-        return last_values
 
     def _follow_policy(self, n_steps: int) -> None:
         """If the policy has changed since it acted, evaluate its steps, and act by SB3's loop from here on."""

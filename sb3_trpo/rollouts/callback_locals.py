@@ -76,12 +76,12 @@ class StepLocals(dict[str, Any]):
         """
         self._names, self._evaluate = names, evaluate
 
-    def update(self, *args: Any, **kwargs: Any) -> None:
+    def update(self, *variables: Any, **more: Any) -> None:
         """Take the variables of another step; those to be computed are out of date unless they are among them."""
-        given = dict(*args, **kwargs)
-        for name in self._names - given.keys():
-            super().pop(name, None)
-        super().update(given)
+        if not self._names.isdisjoint(super().keys()):
+            for name in self._names:
+                super().pop(name, None)
+        super().update(*variables, **more)
 
     def _complete(self) -> None:
         if not super().keys() >= self._names:

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from sb3_trpo.errors import NonFiniteError
 from sb3_trpo.rollouts.collect import Truncation
 
-FLOAT32_MAX = np.float64(np.finfo(np.float32).max)
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -25,12 +25,12 @@ def is_finite(array: np.ndarray) -> bool:
     if array.dtype.kind != "f":
         return True
     # The square sum costs a quarter of `isfinite(...).all()`. Large finite numbers may overflow it, hence the second look.
-    return bool(np.vdot(array, array) < FLOAT32_MAX) or bool(_are_finite(array).all())
+    return float(np.vdot(array, array)) < FLOAT32_MAX or bool(_are_finite(array).all())
 
 
 def _are_finite(array: np.ndarray) -> np.ndarray:
     """Which elements are finite in float32, the type in which SB3 keeps rewards and hands observations to networks."""
-    return np.abs(array) <= FLOAT32_MAX  # False for NaN
+    return np.abs(array) <= np.float64(FLOAT32_MAX)  # False for NaN
 
 
 class EnvOutputCheck:
@@ -67,18 +67,18 @@ class EnvOutputCheck:
 
     def check_actions(self, actions: np.ndarray) -> None:
         """
-        Check the next actions, where observations that are not finite may have reached the policy.
+        Check the next actions, if observations that are not finite may have reached the policy.
 
         :param actions: one for each environment
         :raises NonFiniteError: one of them is not finite; names the environment and the step
         """
-        if not self._checks_observations and not is_finite(actions):
+        if not is_finite(actions):
             self.step += 1
             self._check("action", actions, actions)
 
     def check_evaluation(self, buffer: RolloutBuffer) -> None:
         """
-        Check values and log-probabilities, where observations that are not finite may have reached the policy.
+        Check values and log-probabilities, if observations that are not finite may have reached the policy.
 
         :param buffer: the full buffer
         :raises NonFiniteError: one of them is not finite; names the environment and the step

@@ -7,7 +7,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 
-from sb3_trpo.rollouts.samplers import Observations
+from sb3_trpo.rollouts.fast_step import Observations
 
 
 class Truncation(NamedTuple):
@@ -37,11 +37,11 @@ def widen_observations(buffer: RolloutBuffer, observations: Observations) -> Non
         for key, stored in buffer.observations.items():
             buffer.observations[key] = _widened(stored, observations[key])
     else:
-        buffer.observations = _widened(buffer.observations, observations)  # type: ignore[arg-type, assignment]
+        buffer.observations = _widened(buffer.observations, observations)  # type: ignore[arg-type]
 
 
 def _widened(stored: np.ndarray, values: np.ndarray) -> np.ndarray:
-    is_narrow = values.dtype.kind == "f" and not np.can_cast(np.promote_types(np.float16, values.dtype), stored.dtype)
+    is_narrow = values.dtype.kind == "f" and not np.can_cast(values.dtype, stored.dtype)
     return stored.astype(np.float32) if is_narrow and stored.dtype not in (np.float32, np.float64) else stored
 
 
@@ -63,15 +63,25 @@ def write_decisions(buffer: RolloutBuffer, step: int, observations: Observations
     buffer.actions[step] = actions.reshape(buffer.actions.shape[1:])
 
 
-def write_outcomes(buffer: RolloutBuffer, step: int, rewards: np.ndarray, episode_starts: np.ndarray) -> None:
+def write_step(
+    buffer: RolloutBuffer,
+    step: int,
+    observations: Observations,
+    actions: np.ndarray,
+    rewards: np.ndarray,
+    episode_starts: np.ndarray,
+) -> None:
     """
-    Write what came of a step into the buffer.
+    Write a step of all environments into the buffer, but for values and log-probabilities.
 
     :param buffer: the buffer
     :param step: its row
+    :param observations: observations that were acted on
+    :param actions: actions taken, before clipping
     :param rewards: rewards received
     :param episode_starts: whether each observation began an episode
     """
+    write_decisions(buffer, step, observations, actions)
     buffer.rewards[step] = rewards
     buffer.episode_starts[step] = episode_starts
     buffer.pos = step + 1

@@ -15,8 +15,10 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
 from sb3_trpo import actions
+from sb3_trpo.actions import BoundedActionPolicy
+from sb3_trpo.adapters.models import actor_mlp
 from sb3_trpo.adapters.plain import are_original, has_hooks, has_patched_methods, is_of_library, is_plain, remember
-from sb3_trpo.optim.mlp import MLP, actor_mlp
+from sb3_trpo.optim.mlp import MLP
 from sb3_trpo.rollouts.policy_state import PolicyState
 
 for library in (policies, torch_layers, distributions, maskable_distributions, actions):
@@ -25,6 +27,8 @@ remember(MaskableActorCriticPolicy)
 
 #: Methods that act or evaluate. All others, such as `_get_action_dist_from_latent`, are called by each of them alike.
 ACTING_METHODS = ("forward", "extract_features", "get_distribution", "evaluate_actions", "predict_values")
+#: Classes whose methods act, those that derive from another one first.
+STANDARD_POLICIES = (MaskableActorCriticPolicy, BoundedActionPolicy, ActorCriticPolicy)
 NUMPY_ACTIVATIONS = (nn.Tanh, nn.ReLU)
 
 
@@ -34,7 +38,7 @@ def has_own_forward(policy: BasePolicy) -> bool:
 
     :param policy: the policy
     """
-    return type(policy).forward not in (ActorCriticPolicy.forward, MaskableActorCriticPolicy.forward)
+    return type(policy).forward not in [standard.forward for standard in STANDARD_POLICIES]
 
 
 def supports_deferred_evaluation(policy: BasePolicy) -> bool:
@@ -49,7 +53,7 @@ def supports_deferred_evaluation(policy: BasePolicy) -> bool:
 def _acts_as_its_class(policy: BasePolicy) -> bool:
     """Whether the policy acts by SB3's methods, without hooks."""
     cls = type(policy)
-    standard = MaskableActorCriticPolicy if issubclass(cls, MaskableActorCriticPolicy) else ActorCriticPolicy
+    standard = next((policy_class for policy_class in STANDARD_POLICIES if issubclass(cls, policy_class)), ActorCriticPolicy)
     return (
         all(getattr(cls, method) is getattr(standard, method) for method in ACTING_METHODS)
         and are_original(cls, type(policy.action_dist))

@@ -20,6 +20,8 @@ from stable_baselines3.common.vec_env.util import dict_to_obs
 
 from sb3_trpo.adapters.plain import are_original, has_patched_methods, remember
 
+Observations = np.ndarray | dict[str, np.ndarray]
+
 #: Types of which an info dictionary needs no copy.
 IMMUTABLE = {bool, int, float, complex, str, bytes, type(None), np.bool_, np.int32, np.int64, np.float32, np.float64}
 SUMMED_AS_THEY_ARE = (np.float64, np.float32)
@@ -31,18 +33,36 @@ def fast_step_fn(env: VecEnv) -> Callable[[np.ndarray], VecEnvStepReturn]:
     """
     Return the fastest function that steps an environment.
 
+    The observations that it returns are new arrays in C order, whatever the environment returns.
+
     :param env: any vectorized environment
     :return: actions ↦ what ``env.step`` returns for them
     """
     wait = _lean_wait(env)
-    if wait is None:
-        return env.step
 
     def step(actions: np.ndarray) -> VecEnvStepReturn:
-        env.step_async(actions)
-        return wait()
+        if wait is not None:
+            env.step_async(actions)
+            return wait()
+        observations, rewards, dones, infos = env.step(actions)
+        return copy_observations(observations), rewards, dones, infos  # type: ignore[arg-type]
 
     return step
+
+
+def copy_observations(observations: Observations) -> Observations:
+    """
+    Copy observations into C order, whose strides depend on the shape alone.
+
+    Convolutions choose their algorithm, and so their rounding, by the strides. A copy is also safe from environments that
+    write every observation into the same array.
+
+    :param observations: one for each environment
+    :return: the copies
+    """
+    if isinstance(observations, dict):
+        return {key: np.array(value, order="C") for key, value in observations.items()}
+    return np.array(observations, order="C")
 
 
 def _lean_wait(layer: VecEnv) -> Callable[[], VecEnvStepReturn] | None:
@@ -74,7 +94,7 @@ def step_dummy(env: DummyVecEnv) -> VecEnvStepReturn:
         done = terminated or truncated
         info["TimeLimit.truncated"] = truncated and not terminated
         if done:
-            # SB3 copies after the reset, which is too late where an environment writes all observations into one array.
+            # SB3 copies it after the reset: too late where an environment writes all observations into one array.
             info["terminal_observation"] = copy.deepcopy(obs)
             obs, env.reset_infos[index] = single.reset()
         env.buf_dones[index] = done
@@ -92,10 +112,17 @@ def copy_info(info: dict[str, Any]) -> dict[str, Any]:
     :param info: the environment's own
     :return: the copy
     """
-    for value in info.values():
-        if type(value) not in IMMUTABLE:
+    copies = info.copy()
+    if IMMUTABLE.issuperset(map(type, copies.values())):
+        return copies
+    for key, value in info.items():
+        if type(value) in IMMUTABLE:
+            continue
+        is_episode = type(value) is dict and all(type(item) in IMMUTABLE for item in value.values())  # of Monitor
+        if not is_episode and not (type(value) is np.ndarray and not value.dtype.hasobject):
             return copy.deepcopy(info)
-    return info.copy()
+        copies[key] = value.copy()
+    return copies
 
 
 def step_normalize(env: VecNormalize, step_inside: Callable[[], VecEnvStepReturn]) -> VecEnvStepReturn:

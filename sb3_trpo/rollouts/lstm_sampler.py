@@ -19,7 +19,8 @@ from torch import nn
 
 from sb3_trpo.adapters.plain import are_original, has_patched_methods, is_plain, remember
 from sb3_trpo.optim.lstm import is_standard
-from sb3_trpo.rollouts.samplers import ACTIVATIONS, Observations
+from sb3_trpo.rollouts.fast_step import Observations
+from sb3_trpo.rollouts.samplers import ACTIVATIONS
 
 remember(*{item for item in vars(policies).values() if isinstance(item, type)})
 

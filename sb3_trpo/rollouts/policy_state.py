@@ -11,6 +11,9 @@ from torch import nn
 #: Elements of a tensor that are compared at every step; of larger ones, so many at regular distances.
 COMPARED_ELEMENTS = 2**14
 
+#: Attributes of a module that reading and writing its parameters call, and its networks do not.
+FILES = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
+
 
 class PolicyState:
     """
@@ -20,22 +23,22 @@ class PolicyState:
     """
 
     def __init__(self, policy: nn.Module) -> None:
-        modules = list(policy.modules())
-        self._attributes = [(vars(module), dict(vars(module))) for module in modules]
-        registries = [value for module in modules for value in vars(module).values() if isinstance(value, dict)]
-        self._filled = [(registry, dict(registry)) for registry in registries if registry]
-        self._empty = [registry for registry in registries if not registry]
+        attributes = [vars(module) for module in policy.modules()]
+        inner = [
+            value for items in attributes for name, value in items.items() if isinstance(value, dict) and name not in FILES
+        ]
+        self._present = [*attributes, *(items for items in inner if items)]
+        self._empty = [items for items in inner if not items]
+        self._saved = [dict(items) for items in self._present]
         self._tensors = list({id(tensor): tensor for tensor in [*policy.parameters(), *policy.buffers()]}.values())
         self._copies = [tensor.detach().clone() for tensor in self._tensors]
-        self._places = self._find_places()
+        self._large = [tensor for tensor in self._tensors if tensor.numel() > COMPARED_ELEMENTS]
         self._samples = [_sample(tensor) for tensor in self._tensors]
-        self._contents = self._read_contents()
+        self._numbers = self._read_numbers()
 
-    def _find_places(self) -> list[tuple[int, int]]:
-        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
-
-    def _read_contents(self) -> list[Any]:
-        return [sample().tobytes() for sample in self._samples]
+    def _read_numbers(self) -> list[Any]:
+        places = [tensor.data_ptr() for tensor in self._tensors]
+        return [places, [tensor._version for tensor in self._large], [sample().tobytes() for sample in self._samples]]
 
     def has_changed(self) -> bool:
         """
@@ -43,13 +46,11 @@ class PolicyState:
 
         Changes through ``tensor.data`` leave no trace but in the numbers, hence the comparison of these.
         """
-        return (
-            any(self._empty)
-            or not all(_are_same(now, before) for now, before in self._filled)
-            or not all(_are_same(now, before) for now, before in self._attributes)
-            or self._places != self._find_places()
-            or self._contents != self._read_contents()
-        )
+        try:
+            is_same = self._present == self._saved
+        except (RuntimeError, ValueError):  # an array or a tensor was replaced by another
+            return True
+        return not is_same or any(self._empty) or self._numbers != self._read_numbers()
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -58,16 +59,15 @@ class PolicyState:
 
         :return: context manager
         """
-        registries = [*self._attributes, *self._filled, *((registry, {}) for registry in self._empty)]
-        present = [(registry, dict(registry)) for registry, _ in registries]
-        data = [tensor.data for tensor in self._tensors]
-        _fill(registries)
+        dictionaries, saved = [*self._present, *self._empty], [*self._saved, *({} for _ in self._empty)]
+        items, data = [dict(items) for items in dictionaries], [tensor.data for tensor in self._tensors]
+        _fill(dictionaries, saved)
         _point(self._tensors, self._copies)
         try:
             yield
         finally:
             _point(self._tensors, data)
-            _fill(present)
+            _fill(dictionaries, items)
 
 
 def _sample(tensor: th.Tensor) -> Callable[[], np.ndarray]:
@@ -82,18 +82,10 @@ def _sample(tensor: th.Tensor) -> Callable[[], np.ndarray]:
     return lambda: values.double().cpu().numpy()
 
 
-def _are_same(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Whether two dictionaries hold the same objects, or equal numbers and strings."""
-    try:
-        return now == before
-    except (RuntimeError, ValueError):  # arrays and tensors, which are other objects, cannot tell
-        return False
-
-
-def _fill(registries: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    for registry, items in registries:
-        registry.clear()
-        registry.update(items)
+def _fill(dictionaries: list[dict[str, Any]], contents: list[dict[str, Any]]) -> None:
+    for dictionary, items in zip(dictionaries, contents, strict=True):
+        dictionary.clear()
+        dictionary.update(items)
 
 
 def _point(tensors: list[th.Tensor], data: list[th.Tensor]) -> None:

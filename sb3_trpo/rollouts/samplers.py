@@ -14,8 +14,7 @@ from torch import nn
 from sb3_trpo.actions import BoundedActionPolicy
 from sb3_trpo.optim.mlp import MLP
 from sb3_trpo.rollouts.eligibility import numpy_mlp, supports_deferred_evaluation
-
-Observations = np.ndarray | dict[str, np.ndarray]
+from sb3_trpo.rollouts.fast_step import Observations
 
 
 class ActionSampler(Protocol):
@@ -29,21 +28,6 @@ class ActionSampler(Protocol):
         :param step: number of the step in the rollout
         :return: actions, shape ``(n_envs, *action_shape)``
         """
-
-
-def copy_observations(observations: Observations) -> Observations:
-    """
-    Copy observations into C order, whose strides depend on the shape alone.
-
-    Convolutions choose their algorithm, and so their rounding, by the strides. A copy is also safe from environments that
-    write every observation into the same array.
-
-    :param observations: one for each environment
-    :return: the copies
-    """
-    if isinstance(observations, dict):
-        return {key: np.array(value, order="C") for key, value in observations.items()}
-    return np.array(observations, order="C")
 
 
 def make_sampler(policy: ActorCriticPolicy, n_steps: int, n_envs: int, sde_sample_freq: int) -> ActionSampler | None:

@@ -143,7 +143,7 @@ UPDATES: dict[str, tuple[type[TRPO], Any, dict[str, Any]]] = {
     "trpo": (TRPO, "Pendulum-v1", {}),
     "chunks": (TRPO, "Pendulum-v1", {"max_batch_size": 20, "target_kl": 0.01}),
     "discrete": (TRPO, "CartPole-v1", {"ent_coef": 0.01, "normalize_advantage": False}),
-    "several_steps": (TRPO, "Pendulum-v1", {"n_policy_updates": 2, "cg_warm_start": True, "line_search_accept_ratio": 0.1}),
+    "several_steps": (TRPO, "Pendulum-v1", {"n_policy_updates": 2, "line_search_accept_ratio": 0.1}),
     "gsde": (TRPO, "Pendulum-v1", {"use_sde": True, "cg_preconditioner": None}),
     "scaled_returns": (TRPO, "Pendulum-v1", {"return_scaling": True, "n_critic_steps": 2}),
     "minibatches": (TRPO, "Pendulum-v1", {"critic_method": "minibatch", "batch_size": 10**6, "n_critic_updates": 3}),
@@ -154,9 +154,15 @@ UPDATES: dict[str, tuple[type[TRPO], Any, dict[str, Any]]] = {
 LSTM = {"lstm_hidden_size": 6, "net_arch": [5]}
 
 
-def make(name: str, n_envs: int, seed: int = 0, **kwargs: Any) -> TRPO:
+def alone(algorithm: type[TRPO]) -> type[TRPO]:
+    """The algorithm, trained in its own process."""
+    return type("Alone", (algorithm,), {"distributed": False})
+
+
+def make(name: str, n_envs: int, seed: int = 0, *, is_alone: bool = False, **kwargs: Any) -> TRPO:
     algorithm, env, arguments = UPDATES[name]
     recurrent = algorithm is RecurrentTRPO
+    algorithm = alone(algorithm) if is_alone else algorithm
     return algorithm(
         "MlpLstmPolicy" if recurrent else "MlpPolicy",
         make_vec_env(env, n_envs),
@@ -181,7 +187,7 @@ def cut(buffer: Any, whole: Any, envs: slice, dtype: Any) -> None:
 def update(name: str, shares: list[int], dtype: th.dtype) -> dict[str, np.ndarray]:
     """One update by all processes with their shares, and one by a single process with all environments."""
     numpy_dtype = np.float64 if dtype == th.float64 else np.float32
-    whole = make(name, sum(shares), distributed=False).learn(2 * N_STEPS * sum(shares))
+    whole = make(name, sum(shares), is_alone=True).learn(2 * N_STEPS * sum(shares))
     own = make(name, shares[rank()])
     own.policy.load_state_dict(whole.policy.state_dict())
     if whole.use_sde:
@@ -190,7 +196,6 @@ def update(name: str, shares: list[int], dtype: th.dtype) -> dict[str, np.ndarra
     cut(own.rollout_buffer, whole.rollout_buffer, slice(before, before + shares[rank()]), numpy_dtype)
     cut(whole.rollout_buffer, whole.rollout_buffer, slice(None), numpy_dtype)
     own._ranks = join(own._place, own.n_envs, own.device, 60.0)
-    own._direction = whole._direction
     logs = {}
     for kind, model in (("own", own), ("whole", whole)):
         model.policy.to(dtype)
@@ -447,7 +452,7 @@ def fail(what: Callable[[Any], Any], message: str, timeout: float, folder: Path)
 
 
 def test_a_process_that_comes_to_other_parameters_is_named(tmp_path: Path) -> None:
-    together(fail, moves, "rank 1 has come to another parameters", 60.0, tmp_path)
+    together(fail, moves, "rank 1 diverged from the other ranks in: parameters", 60.0, tmp_path)
 
 
 def be_killed(what: Callable[[Any], Any], timeout: float, folder: Path) -> None:
@@ -484,13 +489,13 @@ def test_a_process_that_dies_or_hangs_is_named_and_the_checkpoint_is_whole(
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.name == "checkpoint_64_steps.zip"  # the death was before the next
-    with pytest.warns(UserWarning, match="of 2 processes and goes on in 1"):
+    with pytest.warns(UserWarning, match="of 2 processes is resumed in 1"):
         assert TRPO.resume(checkpoint, make_vec_env("CartPole-v1", 1), device="cpu").num_timesteps == 64
 
 
 def test_fingerprints_name_the_odd_ones() -> None:
     prints = [{"parameters": name} for name in "aabaa"]
-    with pytest.raises(RankError, match="rank 2 has come to another parameters") as error:
+    with pytest.raises(RankError, match="rank 2 diverged from the other ranks in: parameters") as error:
         check_fingerprints(prints)
     assert error.value.ranks == (2,)
     with pytest.raises(RankError) as error:
@@ -573,7 +578,7 @@ def save(folder: Path) -> list[Any]:
 def test_a_checkpoint_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
     saved = together(save, tmp_path)[0]
     env = VecNormalize(make_vec_env("Pendulum-v1", 3))
-    with pytest.warns(UserWarning, match="of 2 processes and goes on in 1") as caught:
+    with pytest.warns(UserWarning, match="of 2 processes is resumed in 1") as caught:
         model = TRPO.resume(tmp_path / "checkpoint.zip", env, device="cpu")
     assert len(caught) == 1
     assert same(end(model)[:7], saved[:7])
@@ -596,15 +601,18 @@ def test_alone_a_sum_is_the_number_itself() -> None:
 
 
 def test_other_processes_must_be_there_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"distributed=True is not allowed.*torchrun"):
-        TRPO("MlpPolicy", "CartPole-v1", distributed=True)
-    with pytest.raises(ValueError, match=re.escape("distributed='yes' is not allowed")):
-        TRPO("MlpPolicy", "CartPole-v1", distributed="yes")  # type: ignore[arg-type]
+    for value in (True, "yes"):
+        monkeypatch.setattr(TRPO, "distributed", value)
+        with pytest.raises(ValueError, match=f"distributed={value!r} is not allowed"):
+            TRPO("MlpPolicy", "CartPole-v1")
+    monkeypatch.undo()
+    with pytest.raises(TypeError, match=r"'distributed': set the class attribute"):
+        TRPO("MlpPolicy", "CartPole-v1", distributed=False)  # type: ignore[call-arg]
     for name, value in zip(LAUNCHED, ("1", "2", "1", "127.0.0.1", "1"), strict=True):
         monkeypatch.setenv(name, value)
     assert detect_rank(None) == detect_rank(True) == RankInfo(1, 2)
     assert detect_rank(False) == SINGLE_RANK
-    model = TRPO("MlpPolicy", "CartPole-v1", n_steps=8, device="cpu", distributed=False, verbose=1)
+    model = alone(TRPO)("MlpPolicy", "CartPole-v1", n_steps=8, device="cpu", verbose=1)
     assert model.learn(8).num_timesteps == 8
     assert model.verbose == 1
 

@@ -140,11 +140,33 @@ def test_nonpositive_curvature_keeps_the_last_iterate(diagonal, iterations):
     assert th.equal(solution.x, solve(matrix, np.ones(2), max_iter=iterations).x)
 
 
-@pytest.mark.parametrize("scale", [-1.0, 0.0])
-def test_preconditioner_without_positive_curvature(scale):
-    solution = solve(np.eye(2), np.ones(2), preconditioner=scale * np.eye(2), max_iter=5)
-    assert (solution.status, solution.iterations) == (CGStatus.NONPOSITIVE_CURVATURE, 0)
-    assert solution.x.tolist() == [0.0, 0.0]
+@pytest.mark.parametrize("scale", [-1.0, 0.0, float("nan"), float("inf")])
+def test_preconditioner_that_is_not_positive_gives_way_to_the_identity(scale):
+    matrix, b = MATRICES["dense"], right_hand_side(8)
+    solution = solve(matrix, b, preconditioner=scale * np.eye(8), max_iter=3)
+    plain = solve(matrix, b, max_iter=3)
+    assert (solution.status, solution.iterations) == (CGStatus.ITERATION_BOUND, 3)
+    assert th.equal(solution.x, plain.x)
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+@pytest.mark.parametrize("name", MATRICES)
+def test_iterations_beyond_attainable_accuracy_do_no_harm(name, dtype):
+    """With no tolerance and far more iterations than unknowns, the true residual stays near the best one."""
+    matrix = th.as_tensor(MATRICES[name]).to(dtype)
+    b = th.as_tensor(right_hand_side(len(matrix))).to(dtype)
+    solution = conjugate_gradient(lambda v: matrix @ v, b, max_iter=400)
+    assert solution.status in (CGStatus.ROUNDING, CGStatus.CONVERGED)
+    condition = np.linalg.cond(MATRICES[name])
+    assert float((b - matrix @ solution.x).norm() / b.norm()) < 100.0 * th.finfo(dtype).eps * condition
+
+
+def test_singular_matrix_with_noise_outside_its_range_returns_the_iterate_of_least_residual():
+    """b has a share of 1e-3 that no x reaches: after convergence the iterates run away along the null space."""
+    matrix, b = th.diag(th.tensor([1.0, 0.1, 0.01, 1e-12])), th.tensor([1.0, 1.0, 1.0, 1e-3])
+    solution = conjugate_gradient(lambda v: matrix @ v, b, max_iter=400)
+    assert solution.status is CGStatus.ROUNDING
+    assert float((b - matrix @ solution.x)[:3].norm()) < 1e-2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -180,113 +202,3 @@ def test_right_hand_side_is_left_alone():
     before = b.clone()
     solve(MATRICES["dense"], b, max_iter=8)
     assert th.equal(b, before)
-
-
-# ---- warm starts
-
-
-def gain(matrix, b, x):
-    x = np.asarray(x)
-    return b @ x - 0.5 * x @ matrix @ x
-
-
-@by_matrix
-@pytest.mark.parametrize("make_preconditioner", [lambda _: None, jacobi], ids=["plain", "jacobi"])
-def test_warm_start_leads_to_the_same_solution(matrix, make_preconditioner):
-    b, x0 = right_hand_side(len(matrix)), th.as_tensor(right_hand_side(len(matrix), seed=5))
-    solution = solve(matrix, b, preconditioner=make_preconditioner(matrix), max_iter=100, rtol=1e-12, x0=x0)
-    assert solution.status is CGStatus.CONVERGED
-    np.testing.assert_allclose(solution.x, np.linalg.solve(matrix, b), rtol=1e-7)
-
-
-@pytest.mark.parametrize("scale", [1.0, -3.0, 1e-3])
-def test_warm_start_is_the_multiple_of_the_guess_that_gains_most(scale):
-    """With one product allowed, there is nothing but it: (bᵀx₀ / x₀ᵀAx₀) x₀."""
-    matrix, b = MATRICES["dense"], right_hand_side(8)
-    x0 = right_hand_side(8, seed=5)
-    solution = solve(matrix, b, max_iter=1, x0=th.as_tensor(scale * x0))
-    expected = (b @ x0) / (x0 @ matrix @ x0) * x0
-    np.testing.assert_allclose(solution.x, expected, rtol=1e-12)
-    assert (solution.status, solution.iterations) == (CGStatus.ITERATION_BOUND, 1)
-    assert solution.curvature == pytest.approx(expected @ matrix @ expected)
-    assert solution.residual == pytest.approx(np.linalg.norm(b - matrix @ expected) / np.linalg.norm(b))
-    assert gain(matrix, b, solution.x) > max(gain(matrix, b, 0.9 * expected), gain(matrix, b, 1.1 * expected), 0.0)
-
-
-@pytest.mark.parametrize("preconditioner", [None, jacobi(MATRICES["ill_conditioned"])], ids=["plain", "jacobi"])
-@pytest.mark.parametrize("max_iter", [2, 3, 5])
-def test_every_warm_iterate_is_scipys(preconditioner, max_iter):
-    matrix, b, x0 = MATRICES["ill_conditioned"], right_hand_side(8), right_hand_side(8, seed=5)
-    start = (b @ x0) / (x0 @ matrix @ x0) * x0
-    expected, _ = scipy_cg(matrix, b, x0=start, maxiter=max_iter - 1, rtol=1e-14, atol=0.0, M=preconditioner)
-    solution = solve(matrix, b, preconditioner=preconditioner, max_iter=max_iter, rtol=1e-14, x0=th.as_tensor(x0))
-    np.testing.assert_allclose(solution.x, expected, rtol=1e-9, atol=1e-12)
-    assert solution.iterations == max_iter
-
-
-def test_products_of_a_warm_start_are_bounded_too():
-    calls = []
-
-    def counted(v):
-        calls.append(v)
-        return as_map(MATRICES["dense"])(v)
-
-    b, x0 = th.as_tensor(right_hand_side(8)), th.as_tensor(right_hand_side(8, seed=5))
-    solution = conjugate_gradient(counted, b, max_iter=3, x0=x0)
-    assert (solution.status, solution.iterations, len(calls)) == (CGStatus.ITERATION_BOUND, 3, 3)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_guess_from_a_system_nearby_is_worth_its_product(seed):
-    """Never a smaller gain than a start at zero with one product less; and a growing one."""
-    matrix = MATRICES["ill_conditioned"]
-    before, noise = right_hand_side(8, seed), right_hand_side(8, seed + 100)
-    b = before + 0.1 * noise
-    x0 = th.as_tensor(np.linalg.solve(matrix + 0.01 * np.diag(np.abs(noise)), before))
-    warm = [gain(matrix, b, solve(matrix, b, max_iter=k, x0=x0).x) for k in range(1, 7)]
-    cold = [gain(matrix, b, solve(matrix, b, max_iter=k - 1).x) for k in range(1, 7)]
-    assert all(w >= c - 1e-9 for w, c in zip(warm, cold, strict=True))
-    assert warm[0] > 0.0
-    assert np.all(np.diff(warm) > -1e-12)
-
-
-def test_exact_guess_is_the_solution_after_one_product():
-    matrix, b = MATRICES["ill_conditioned"], right_hand_side(8)
-    solution = solve(matrix, b, max_iter=8, rtol=1e-6, x0=th.as_tensor(7.0 * np.linalg.solve(matrix, b)))
-    assert (solution.status, solution.iterations) == (CGStatus.CONVERGED, 1)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
-def test_guess_that_is_no_direction_is_ignored(bad):
-    matrix, b = MATRICES["dense"], right_hand_side(8)
-    solution = solve(matrix, b, max_iter=4, x0=th.full((8,), bad, dtype=th.float64))
-    expected = solve(matrix, b, max_iter=4)
-    th.testing.assert_close(solution.x, expected.x, rtol=1e-12, atol=0.0)
-    assert solution.status is expected.status
-
-
-def test_guess_at_a_right_angle_to_the_right_hand_side_does_no_harm():
-    solution = solve(np.eye(2), np.array([1.0, 0.0]), max_iter=5, rtol=1e-9, x0=th.tensor([0.0, 1.0], dtype=th.float64))
-    assert (solution.status, solution.x.tolist()) == (CGStatus.CONVERGED, [1.0, 0.0])
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_preconditioner_that_fails_at_a_warm_start_is_not_called_convergence(bad):
-    matrix, b = th.as_tensor(MATRICES["dense"]), th.as_tensor(right_hand_side(8))
-    calls = []
-
-    def fails_at_the_second(v):
-        calls.append(v)
-        return th.full_like(v, bad) if len(calls) == 2 else v
-
-    solution = conjugate_gradient(lambda v: matrix @ v, b, max_iter=8, rtol=0.1, M=fails_at_the_second, x0=b.flip(0))
-    assert solution.status is CGStatus.NOT_FINITE
-    assert bool(th.isfinite(solution.x).all())
-
-
-def test_warm_start_where_the_curvature_is_not_positive():
-    """The guess's own curvature is negative: no multiple of it gains most, and it is ignored."""
-    matrix, b = np.diag([2.0, -1.0]), np.array([1.0, 1.0])
-    solution = solve(matrix, b, max_iter=5, x0=th.tensor([0.0, 1.0], dtype=th.float64))
-    assert solution.status is CGStatus.NONPOSITIVE_CURVATURE
-    assert th.equal(solution.x, solve(matrix, b, max_iter=5).x)

@@ -107,7 +107,7 @@ def random_call(layer, inputs):
     """A call with a random slope at its output and random weights of the states."""
     layer = layer.double()
     output = layer(inputs).detach()
-    return LayerCall(layer, inputs, output), th.randn_like(output), th.rand(len(inputs), dtype=DOUBLE)
+    return LayerCall(layer, inputs, output, None), th.randn_like(output), th.rand(len(inputs), dtype=DOUBLE)
 
 
 def brute_force_linear(call, slope, weights):
@@ -425,12 +425,12 @@ class Unused(nn.Module):
         return self.used(x)
 
 
-def test_layers_without_effect_are_left_as_they_are():
+def test_layers_without_effect_have_the_damping_alone():
     net = Unused().double()
     M = precondition(net, gaussian, batch(6, 2), damping=0.1)
     n = sum(p.numel() for p in net.parameters())
     matrix = dense(M, n)
-    assert_same(matrix[3:, 3:], th.eye(n - 3, dtype=DOUBLE))
+    assert_same(matrix[3:, 3:], th.eye(n - 3, dtype=DOUBLE) / 0.1)
     assert_same(matrix[3:, :3], th.zeros(n - 3, 3, dtype=DOUBLE))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Normal
 
+from sb3_trpo.adapters.models import actor_mlp, critic_mlp
 from sb3_trpo.optim.batch import RolloutBatch
-from sb3_trpo.optim.fisher import FisherOperator, ggn_vector_product, mlp_fisher_product
+from sb3_trpo.optim.fisher import FisherOperator, GGNProduct, mlp_fisher_product
 from sb3_trpo.optim.kfac import kfac_layers
 from sb3_trpo.optim.layers import recorded_calls
-from sb3_trpo.optim.mlp import ELEMENTWISE, MLP, MLPJacobian, actor_mlp, chain, critic_mlp
+from sb3_trpo.optim.mlp import ELEMENTWISE, MLP, MLPJacobian, chain
 from sb3_trpo.optim.objective import ModelOutput, Surrogate
 from sb3_trpo.optim.parameters import flatten, unflatten
 from sb3_trpo.policies import actor_parameters, critic_parameters
@@ -132,6 +134,14 @@ FAMILIES = {
 }
 
 
+def ggn_product(parts, weights, actor):
+    """The general path, with nothing around it."""
+    objective, chunk, new = (
+        SimpleNamespace(**kwargs) for kwargs in ({"is_twice_differentiable": None}, {"weights": weights}, {"parts": parts})
+    )
+    return GGNProduct(objective, chunk, new, actor)
+
+
 def dense_metric(parts, state):
     """M of one state in the outputs, written out by hand; for a Gaussian, of its mean alone."""
     blocks = []
@@ -168,7 +178,7 @@ def test_products_are_the_dense_matrix(family, hidden, activation):
     zeros = th.zeros(N_STATES, dtype=th.float64)
     fast = mlp_fisher_product(ModelOutput(parts, zeros, zeros, calls), weights, actor, layers)
     assert fast is not None
-    for product in (fast, ggn_vector_product(parts, weights, actor)):
+    for product in (fast, ggn_product(parts, weights, actor)):
         matrix = th.stack([product(v) for v in th.eye(len(expected), dtype=th.float64)], dim=1)
         th.testing.assert_close(matrix, expected, atol=1e-12, rtol=1e-10)
 
@@ -183,7 +193,7 @@ def test_order_of_the_parameters_is_the_actors():
     for actor in ([*rest, *net.parameters()], [*reversed(list(net.parameters())), *rest]):
         v = th.randn_like(flatten(actor)).detach()
         fast = mlp_fisher_product(ModelOutput(parts, zeros, zeros, calls), weights, actor, layers)
-        assert_same(fast(v), ggn_vector_product(parts, weights, actor)(v))
+        assert_same(fast(v), ggn_product(parts, weights, actor)(v))
 
 
 def test_products_leave_no_graph_and_no_gradients():
@@ -408,7 +418,7 @@ def test_tied_weights_are_multiplied_right(tie):
     actor = list(net.parameters())
     fast = mlp_fisher_product(ModelOutput(parts, zeros, zeros, calls), zeros + 1.0, actor, layers)
     v = th.randn_like(flatten(actor)).detach()
-    assert fast is None or th.allclose(fast(v), ggn_vector_product(parts, zeros + 1.0, actor)(v))
+    assert fast is None or th.allclose(fast(v), ggn_product(parts, zeros + 1.0, actor)(v))
 
 
 def test_views_of_the_vector_are_not_written_to():

@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
 from sb3_trpo import TRPO
+from sb3_trpo.actions import raw_actions
 from sb3_trpo.rollouts.collect import find_truncations
 from sb3_trpo.rollouts.eligibility import supports_deferred_evaluation
 
@@ -205,7 +206,8 @@ def test_the_buffer_is_that_of_sb3s_loop_with_the_same_actions(name):
     recorder, expected_recorder = Recorder(), Recorder()
     filled = collect(ours, TRPO.collect_rollouts, 2, recorder)
     sb3s.policy.forward = sb3_forward(sb3s.policy, [step["actions"] for step in recorder.steps])
-    expected = collect(sb3s, OnPolicyAlgorithm.collect_rollouts, 2, expected_recorder)
+    with raw_actions(sb3s.policy):  # SB3's loop stores what forward returns
+        expected = collect(sb3s, OnPolicyAlgorithm.collect_rollouts, 2, expected_recorder)
     for one, other in zip(filled, expected, strict=True):
         assert_same_contents(one, other)
     assert_same(recorder.copies, expected_recorder.copies)

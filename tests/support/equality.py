@@ -16,11 +16,20 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack,
 from support.rows import BOX, READS, VECTOR, Reader, Wander, clone, listed
 
 from sb3_trpo import TRPO, MaskableTRPO, RecurrentTRPO
+from sb3_trpo.actions import raw_actions
 
 N_STEPS, N_ENVS, LIMIT = 40, 3, 5
+
+
+def sb3_loop(model: OnPolicyAlgorithm, *args: Any) -> bool:
+    """SB3's own loop, in which bounded policies return the actions that the buffer holds."""
+    with raw_actions(model.policy):
+        return OnPolicyAlgorithm.collect_rollouts(model, *args)
+
+
 #: Algorithm ↦ the loop that it is compared with.
 SB3S_LOOP: dict[type[TRPO], Any] = {
-    TRPO: OnPolicyAlgorithm.collect_rollouts,
+    TRPO: sb3_loop,
     RecurrentTRPO: RecurrentPPO.collect_rollouts,
     MaskableTRPO: MaskablePPO.collect_rollouts,
 }
@@ -225,7 +234,7 @@ def assert_equal(actual: Any, expected: Any, what: str, tolerance: float = 1e-5)
 def deviations(model: Any, inputs: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """Actions less their means, and their standard deviations, by the distribution that is trained."""
     parts = torch_distributions(model, inputs)
-    if model.policy.squash_output:
+    if model.policy.squash_output and model.use_sde:
         actions = actions.atanh()
     errors, spreads = [], []
     for i, part in enumerate(parts):

@@ -12,7 +12,8 @@ from stable_baselines3.common.distributions import kl_divergence, make_proba_dis
 
 from sb3_trpo import TRPO
 from sb3_trpo.errors import UsageError
-from sb3_trpo.zoo.convert import convert, kl_dimensions, main
+from sb3_trpo.saving.sb3_contrib import kl_dimensions
+from sb3_trpo.zoo.convert import convert, main
 
 #: Action space, and over how many dimensions sb3-contrib averages.
 SPACES = [
