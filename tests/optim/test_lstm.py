@@ -3,10 +3,10 @@
 import pytest
 import torch as th
 from torch import nn
-from torch.distributions import Normal
 
-from sb3_trpo.optim.fisher import ggn_vector_product
+from sb3_trpo.optim.fisher import reverse_jvp
 from sb3_trpo.optim.lstm import gauss_newton_forward, gauss_newton_lstms, is_standard
+from sb3_trpo.optim.parameters import flatten
 
 LENGTH, N, N_INPUTS, SIZE = 5, 3, 2, 4
 
@@ -27,9 +27,11 @@ class Case:
         return self.above(self.lstm(th.tanh(self.below(self.x)), self.states)[0]).flatten(end_dim=1)
 
     def product(self, v: th.Tensor) -> th.Tensor:
+        """Jᵀ W J v."""
         z = self.outputs()
-        weights = th.linspace(0.0, 1.0, LENGTH * N, dtype=th.float64)
-        return ggn_vector_product((Normal(z, th.ones_like(z)),), weights, self.theta)(v)
+        (moved,) = reverse_jvp([z], self.theta)(v)
+        weights = th.linspace(0.0, 1.0, LENGTH * N, dtype=th.float64).unsqueeze(1)
+        return flatten(th.autograd.grad(z, self.theta, weights * moved))
 
 
 @pytest.fixture(params=[(1, True), (2, True), (1, False)], ids=["one_layer", "two_layers", "no_bias"])
