@@ -5,9 +5,9 @@ RecurrentTRPO beside sb3-contrib's RecurrentPPO on tasks that need a memory.
     python benchmarks/recurrent.py --table    # what the finished runs say
 
 CartPole and Pendulum with velocities hidden, and ``Recall``, where a cue is to be named eight steps later. RecurrentTRPO has
-those of ``zoo_hyperparams/trpo_lstm.yml``, chosen on seeds from 100 on. RecurrentPPO has RL Zoo's, and on ``Recall`` its
-defaults; both have the same networks. Runs of RecurrentPPO in ``results/siblings.json`` have the same settings and are not
-repeated. Every run adds one row to the CSV when it ends; seconds are CPU seconds of ``learn``.
+the settings of ``zoo_hyperparams/trpo_lstm.yml``, chosen on seeds from 100 on. RecurrentPPO has those of RL Zoo, and on
+``Recall`` its defaults; both have the same networks. Runs of RecurrentPPO in ``results/siblings.json`` have the
+same settings and are not repeated. Every run adds one row to the CSV when it ends; seconds are CPU seconds of ``learn``.
 """
 
 import os
@@ -58,9 +58,9 @@ TASKS = {
     ),
     "PendulumNoVel-v1": from_siblings(
         "PendulumNoVel-v1",
-        16,
+        8,
         {
-            "n_steps": 25,
+            "n_steps": 50,
             "gamma": 0.9,
             "gae_lambda": 0.9,
             "target_kl": LinearSchedule(0.05, 0.0, 1.0),
@@ -69,7 +69,9 @@ TASKS = {
             "n_critic_steps": 3,
         },
     ),
-    "Recall-v0": task("Recall-v0", 30_000, 16, {"n_steps": 16}, 16, {"n_steps": 16}),
+    "Recall-v0": task(
+        "Recall-v0", 30_000, 8, {"n_steps": 64, "target_kl": LinearSchedule(0.05, 0.0, 1.0)}, 8, {"n_steps": 64}
+    ),
 }
 
 
