@@ -6,8 +6,8 @@ RecurrentTRPO beside sb3-contrib's RecurrentPPO on tasks that need a memory.
 
 CartPole and Pendulum with velocities hidden, and ``Recall``, where a cue is to be named eight steps later. RecurrentTRPO has
 the settings of ``zoo_hyperparams/trpo_lstm.yml``, chosen on seeds from 100 on. RecurrentPPO has those of RL Zoo, and on
-``Recall`` its defaults; both have the same networks. Runs of RecurrentPPO in ``results/siblings.json`` have the
-same settings and are not repeated. Every run adds one row to the CSV when it ends; seconds are CPU seconds of ``learn``.
+``Recall`` its defaults; both have the same networks. Runs in ``results/siblings.json`` with the same settings are
+not repeated. Every run adds one row to the CSV when it ends; seconds are CPU seconds of ``learn``.
 """
 
 import os
@@ -56,19 +56,7 @@ TASKS = {
         8,
         {"n_steps": 32, "gamma": 0.98, "gae_lambda": 0.8, "target_kl": LinearSchedule(0.05, 0.0, 1.0)},
     ),
-    "PendulumNoVel-v1": from_siblings(
-        "PendulumNoVel-v1",
-        8,
-        {
-            "n_steps": 50,
-            "gamma": 0.9,
-            "gae_lambda": 0.9,
-            "target_kl": LinearSchedule(0.05, 0.0, 1.0),
-            "use_sde": True,
-            "sde_sample_freq": 4,
-            "n_critic_steps": 3,
-        },
-    ),
+    "PendulumNoVel-v1": from_siblings("PendulumNoVel-v1", 8, SIBLINGS["PendulumNoVel-v1"].settings[TRPO]),
     "Recall-v0": task(
         "Recall-v0", 30_000, 8, {"n_steps": 64, "target_kl": LinearSchedule(0.05, 0.0, 1.0)}, 8, {"n_steps": 64}
     ),
@@ -107,9 +95,18 @@ def perform(name: str, algorithm: str, seed: int) -> dict[str, Any]:
 
 
 def all_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of the CSV, and those of RecurrentPPO in ``siblings.json`` on the same tasks."""
+    """The rows of the CSV, and those of ``siblings.json`` with the same settings."""
     others = json.loads((RESULTS / "siblings.json").read_text(encoding="utf-8"))
-    return [*read_rows(path), *(row for row in others if row["algorithm"] == PPO and row["task"] in TASKS)]
+
+    def is_same(name: str, algorithm: str) -> bool:
+        return (
+            algorithm in NAMES
+            and name in TASKS
+            and name in SIBLINGS
+            and (TASKS[name].settings[algorithm] == SIBLINGS[name].settings[algorithm])
+        )
+
+    return [*read_rows(path), *(row for row in others if is_same(row["task"], row["algorithm"]))]
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
