@@ -23,12 +23,13 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from sb3_trpo.adapters.models import components
 from sb3_trpo.adapters.plain import is_plain
 from sb3_trpo.adapters.sequences import LstmStates, lstm_states, read_sequences, without_cudnn
 from sb3_trpo.arguments import Rule, one_of
 from sb3_trpo.constructors import checked, takes_arguments_of
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
-from sb3_trpo.optim.distributions import components, has_closed_form
+from sb3_trpo.optim.distributions import has_closed_form
 from sb3_trpo.optim.lstm import gauss_newton_lstms, is_standard
 from sb3_trpo.rollouts.actor import RolloutActor
 from sb3_trpo.rollouts.callback_locals import are_known
