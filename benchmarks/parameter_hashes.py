@@ -88,7 +88,7 @@ CONFIGURATIONS: dict[str, tuple[type[TRPO], str, spaces.Space, spaces.Space, dic
     "recurrent_dict": (RecurrentTRPO, "MultiInputLstmPolicy", DICT, DISCRETE, {"n_steps": N_STEPS, **LSTM}),
     "maskable": (MaskableTRPO, "MlpPolicy", VECTOR, DISCRETE, SMALL),
     "maskable_dict": (MaskableTRPO, "MultiInputPolicy", DICT, MULTI_DISCRETE, SMALL),
-    "two_processes": (TRPO, "MlpPolicy", VECTOR, BOX, {"distributed": True, **SMALL}),
+    "two_processes": (TRPO, "MlpPolicy", VECTOR, BOX, {**SMALL}),
 }
 
 
