@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_trpo.actions import ACTION_BOUNDS, ACTION_OPTIONS, BoundedActionPolicy, check_action_options, raw_actions
+from sb3_trpo.adapters.actor_critic import policy_distribution, policy_values
 from sb3_trpo.adapters.models import actor_model, critic_model, critic_parameters, value_function
 from sb3_trpo.arguments import (
     BOOLEAN,
@@ -653,10 +654,10 @@ class TRPO(ResumableAlgorithm):
         return read_rollout(self.rollout_buffer, self.action_space)
 
     def _distribution(self, inputs: Inputs) -> Distribution:
-        return self.policy.get_distribution(inputs)
+        return policy_distribution(self.policy, inputs)
 
     def _values(self, inputs: Inputs) -> th.Tensor:
-        return self.policy.predict_values(inputs).flatten()
+        return policy_values(self.policy, inputs).flatten()
 
     def _evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
         """The critic's outputs, and log-probabilities."""

@@ -18,8 +18,6 @@ GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in HOOKS]
 TENSORS = {th.Tensor, nn.Parameter}
 LIBRARIES = ("torch", "stable_baselines3", "sb3_contrib", "sb3_trpo")
 
-#: Functions that make an instance and take no part in its calls; `torch.compile` patches them.
-MAKING = ("__init__", "__setstate__")
 #: Functions of the known classes, as they were when this package was imported.
 _FUNCTIONS: dict[type, dict[str, Any]] = {}
 
@@ -32,7 +30,9 @@ def remember(*classes: type) -> None:
     """
     for cls in classes:
         functions = {name: item for name, item in vars(cls).items() if isinstance(item, FunctionType)}
-        _FUNCTIONS.setdefault(cls, {name: item for name, item in functions.items() if name not in MAKING})
+        # Constructors and the like are left out: torch.compile itself patches those of nn.Module.
+        calls = {name: item for name, item in functions.items() if name == "__call__" or not name.startswith("__")}
+        _FUNCTIONS.setdefault(cls, calls)
 
 
 def is_of_library(cls: type) -> bool:

@@ -52,9 +52,10 @@ def supports_deferred_evaluation(policy: BasePolicy) -> bool:
 def _acts_as_its_class(policy: BasePolicy) -> bool:
     """Whether the policy acts by SB3's methods, without hooks."""
     cls = type(policy)
-    standard = next(each for each in STANDARD_POLICIES if issubclass(cls, each))
+    standard = next((each for each in STANDARD_POLICIES if issubclass(cls, each)), None)
     return (
-        all(getattr(cls, method) is getattr(standard, method) for method in ACTING_METHODS)
+        standard is not None
+        and all(getattr(cls, method) is getattr(standard, method) for method in ACTING_METHODS)
         and are_original(cls, type(policy.action_dist))
         and not has_patched_methods(policy)
         and not has_hooks(policy)

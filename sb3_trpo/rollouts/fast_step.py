@@ -92,6 +92,7 @@ def step_dummy(env: DummyVecEnv) -> VecEnvStepReturn:
     for index, single in enumerate(env.envs):
         obs, env.buf_rews[index], terminated, truncated, info = single.step(env.actions[index])
         done = terminated or truncated
+        is_plain = not info and not done  # nothing in it that may change
         info["TimeLimit.truncated"] = truncated and not terminated
         if done:
             # SB3 copies it after the reset: too late where an environment writes all observations into one array.
@@ -99,7 +100,7 @@ def step_dummy(env: DummyVecEnv) -> VecEnvStepReturn:
             obs, env.reset_infos[index] = single.reset()
         env.buf_dones[index] = done
         env.buf_infos[index] = info
-        infos.append(copy_info(info))
+        infos.append(info.copy() if is_plain else copy_info(info))
         env._save_obs(index, obs)
     observations = dict_to_obs(env.observation_space, {key: stored.copy() for key, stored in env.buf_obs.items()})
     return observations, env.buf_rews.copy(), env.buf_dones.copy(), infos

@@ -107,3 +107,9 @@ def test_are_original_after_a_compilation(monkeypatch):
     assert are_original(nn.Linear)
     monkeypatch.setattr(nn.Module, "__call__", lambda *args, **kwargs: None)
     assert not are_original(nn.Linear)
+
+
+def test_is_plain_after_something_else_was_compiled():
+    """Which patches the constructor of all modules."""
+    th.compile(nn.Linear(2, 2), backend="eager")(th.ones(1, 2))
+    assert is_plain(make_module())

@@ -285,6 +285,14 @@ class OwnGetDistribution(ActorCriticPolicy):
         return super().predict_values(0.5 * obs)
 
 
+class OwnFeatures(ActorCriticPolicy):
+    """Features of its own in acting, which SB3's ``get_distribution`` does not ask for."""
+
+    def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
+        features = super().extract_features(obs, features_extractor)
+        return tuple(map(th.sin, features)) if isinstance(features, tuple) else th.sin(features)
+
+
 class WiderGaussian(DiagGaussianDistribution):
     def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor) -> "WiderGaussian":
         super().proba_distribution(mean_actions, log_std + 0.5)
@@ -360,6 +368,11 @@ def patch_extractor(policy: Any) -> None:
 def patch_log_prob(policy: Any) -> None:
     own = policy._get_action_dist_from_latent
     policy._get_action_dist_from_latent = lambda latent: own(0.5 * latent)
+
+
+def patch_extract_features(policy: Any) -> None:
+    own = policy.extract_features
+    policy.extract_features = lambda obs, *extractor: own(0.5 * obs, *extractor)
 
 
 def replace_by_identity(policy: Any) -> None:
