@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import stable_baselines3
 import study
 import torch as th
@@ -81,6 +82,18 @@ FILES: dict[str, tuple[type[BaseAlgorithm], Path]] = {
     "ppo": (PPO, RL_ZOO / "ppo.yml"),
 }
 TIANSHOU = "tianshou"
+#: The better published TRPO at 1M steps: Tianshou's (mean of maxima, 10 seeds) or sb3-contrib's (RL Zoo, 3 seeds). Reacher's
+#: returns are negative, so a ratio says nothing there.
+PUBLISHED = {
+    "Ant-v5": 3554,
+    "HalfCheetah-v5": 4471,
+    "Hopper-v5": 3372,
+    "Walker2d-v5": 4502,
+    "Swimmer-v5": 359,
+    "Humanoid-v5": 810,
+    "InvertedPendulum-v5": 1000,
+    "InvertedDoublePendulum-v5": 8435,
+}
 
 
 def entry_of(path: Path, env_id: str) -> Cell:
@@ -180,6 +193,51 @@ def train_tianshou(run: Run) -> Evaluations:
     return evaluations
 
 
+def print_table(out: Path, cells: list[str], steps: int, seeds: list[int]) -> None:
+    """Print what the finished runs of so many steps say."""
+    rows, curves = pd.read_csv(out), pd.read_csv(study.curves_path(out))
+    rows = rows[(rows.steps == steps) & rows.seed.isin(seeds) & rows.cell.isin(cells)]
+    curves = curves[(curves.steps == steps) & curves.seed.isin(seeds)]
+    peers = rows[rows.cell == "sb3_contrib"].groupby("env").final_return.mean()
+
+    print(f"{'task':26}{'cell':28}{'seeds':>5}{'final':>18}{'best':>8}{'final/best':>11}{'CPU s':>7}{'s to peer':>11}")
+    for (env, cell), group in rows.groupby(["env", "cell"]):
+        final, best = group.final_return, group.best_return.mean()
+        spread = f"{final.mean():.1f} ± {final.std(ddof=0):.1f}"
+        seconds = seconds_to(
+            curves[(curves.cell == cell) & (curves.env == env) & (curves.steps == steps)], seeds, peers.get(env)
+        )
+        print(
+            f"{env:26}{cell:28}{len(group):5}{spread:>18}{best:8.0f}{final.mean() / best:11.2f}"
+            f"{group.cpu_seconds.mean():7.0f}{seconds:>11}"
+        )
+    print_interquartile_means(rows, cells)
+
+
+def seconds_to(curves: pd.DataFrame, level: float | None) -> str:
+    """Return the mean CPU seconds until an evaluation reached a level; the seeds that never did are counted apart."""
+    if level is None:
+        return "-"
+    reached = curves[curves.mean_return >= level].groupby("seed").cpu_seconds.min()
+    missed = curves.seed.nunique() - len(reached)
+    return (f"{reached.mean():.0f}" if len(reached) else "-") + (f" ({missed} not)" if missed else "")
+
+
+def print_interquartile_means(rows: pd.DataFrame, cells: list[str]) -> None:
+    """Print them over the tasks that have a published value and that all cells have finished."""
+    tasks = [env for env in PUBLISHED if set(rows[rows.env == env].cell) >= set(rows.cell)]
+    rows = rows[rows.env.isin(tasks)].assign(score=lambda r: r.final_return / r.env.map(PUBLISHED))
+    scores = {}
+    for cell in [cell for cell in cells if cell in set(rows.cell)] if tasks else []:
+        table = rows[rows.cell == cell].pivot_table(index="seed", columns="env", values="score").dropna()
+        scores[cell] = table.to_numpy()
+    scores = {cell: matrix for cell, matrix in scores.items() if len(matrix)}
+    if scores:
+        print(f"\nInterquartile mean of final / published, over {', '.join(tasks)}:")
+        for cell, (mean, low, high) in study.interquartile_means(scores).items():
+            print(f"{cell:28}{mean:.2f} [{low:.2f}, {high:.2f}] of {scores[cell].shape[0]} seeds")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", default=["tuned"], help="names from CELLS and FILES, or tianshou")
@@ -190,8 +248,12 @@ def main() -> None:
     parser.add_argument("--cells-from", type=Path, help="Python file with further CELLS")
     parser.add_argument("--agents", type=Path, help="folder to save the agents in")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "returns.csv")
+    parser.add_argument("--table", action="store_true", help="print what the finished runs say, and run nothing")
     args = parser.parse_args()
 
+    if args.table:
+        print_table(args.out, args.cells, args.steps, args.seeds)
+        return
     grid = itertools.product(args.seeds, args.envs, args.cells)
     runs = [Run(cell, env, seed, args.steps) for seed, env, cell in grid]
     train_one = partial(train, cells_from=args.cells_from, agents=args.agents)

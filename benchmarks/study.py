@@ -146,3 +146,19 @@ def perform_missing(runs: Iterable[Run], train: Callable[[Run], Evaluations], ou
 def report(row: dict[str, Any]) -> None:
     run = " ".join(str(row[name]) for name in Run._fields)
     print(f"{run}: {row['final_return']} (best {row['best_return']}) in {row['cpu_seconds']} s", flush=True)
+
+
+def interquartile_means(scores: dict[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
+    """
+    Interquartile mean over runs and tasks, with its stratified bootstrap interval (95 %), by rliable.
+
+    :param scores: of each cell, shape ``(n_seeds, n_tasks)``
+    :return: of each cell: mean, lower and upper bound
+    """
+    from rliable import library, metrics
+
+    random_state = np.random.RandomState(0)
+    points, intervals = library.get_interval_estimates(
+        scores, lambda matrix: np.array([metrics.aggregate_iqm(matrix)]), reps=5_000, random_state=random_state
+    )
+    return {cell: (float(points[cell][0]), *map(float, intervals[cell][:, 0])) for cell in scores}
