@@ -204,9 +204,7 @@ def print_table(out: Path, cells: list[str], steps: int, seeds: list[int]) -> No
     for (env, cell), group in rows.groupby(["env", "cell"]):
         final, best = group.final_return, group.best_return.mean()
         spread = f"{final.mean():.1f} ± {final.std(ddof=0):.1f}"
-        seconds = seconds_to(
-            curves[(curves.cell == cell) & (curves.env == env) & (curves.steps == steps)], seeds, peers.get(env)
-        )
+        seconds = seconds_to(curves[(curves.cell == cell) & (curves.env == env)], peers.get(env))
         print(
             f"{env:26}{cell:28}{len(group):5}{spread:>18}{best:8.0f}{final.mean() / best:11.2f}"
             f"{group.cpu_seconds.mean():7.0f}{seconds:>11}"

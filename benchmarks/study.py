@@ -161,4 +161,4 @@ def interquartile_means(scores: dict[str, np.ndarray]) -> dict[str, tuple[float,
     points, intervals = library.get_interval_estimates(
         scores, lambda matrix: np.array([metrics.aggregate_iqm(matrix)]), reps=5_000, random_state=random_state
     )
-    return {cell: (float(points[cell][0]), *map(float, intervals[cell][:, 0])) for cell in scores}
+    return {cell: (float(points[cell][0]), float(intervals[cell][0, 0]), float(intervals[cell][1, 0])) for cell in scores}
