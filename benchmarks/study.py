@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 #: An evaluation every so many steps, but at least so many and at most so many in a run.
-EVAL_INTERVAL, MIN_EVALS, MAX_EVALS = 50_000, 10, 20
+EVAL_INTERVAL, MIN_EVALS, MAX_EVALS = 100_000, 5, 20
 N_EVAL_EPISODES = 10
 
 
