@@ -240,7 +240,7 @@ def print_interquartile_means(rows: pd.DataFrame, cells: list[str]) -> None:
     for cell in [cell for cell in cells if cell in set(rows.cell)] if tasks else []:
         table = rows[rows.cell == cell].pivot_table(index="seed", columns="env", values="score").dropna()
         scores[cell] = table.to_numpy()
-    scores = {cell: matrix for cell, matrix in scores.items() if len(matrix)}
+    scores = {cell: matrix for cell, matrix in scores.items() if len(matrix) > 1}  # one seed has no interval
     if scores:
         print(f"\nInterquartile mean of final / published, over {', '.join(tasks)}:")
         for cell, (mean, low, high) in study.interquartile_means(scores).items():
