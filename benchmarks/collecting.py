@@ -29,10 +29,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_trpo import trpo
-from sb3_trpo.optim.batch import read_rollout
+from sb3_trpo.adapters.models import actor_parameters
 from sb3_trpo.optim.parameters import Snapshot
-from sb3_trpo.policies import actor_parameters
 from sb3_trpo.rollouts import actor, fast_step, samplers
+from sb3_trpo.rollouts.buffers import read_rollout
 
 N_STEPS, N_ENVS = 1024, 2
 BOOKS = "callbacks, episode statistics"

@@ -42,11 +42,12 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 import sb3_trpo.trpo as our_module
-from sb3_trpo.optim.batch import RolloutBatch, normalize_advantages, read_rollout
+from sb3_trpo.adapters.models import actor_model
+from sb3_trpo.optim.batch import RolloutBatch, normalize_advantages
 from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.fisher import FisherOperator
 from sb3_trpo.optim.objective import Surrogate
-from sb3_trpo.policies import actor_parameters
+from sb3_trpo.rollouts.buffers import read_rollout
 from sb3_trpo.saving.sb3_contrib import kl_dimensions
 from sb3_trpo.zoo.tianshou_peer import tianshou_trpo
 
@@ -346,10 +347,10 @@ class Quadratic:
             latent = policy.mlp_extractor.forward_actor(policy.pi_features_extractor(inputs))
             return policy._get_action_dist_from_latent(latent)
 
-        self._actor = actor_parameters(policy, distribution, floats[:1])
-        surrogate = Surrogate(distribution, rollout.chunks(256 if len(space.shape) == 3 else None))
-        self._gradient = surrogate.gradient(self._actor)
-        self._fisher = FisherOperator(surrogate, self._actor, model.cg_damping)
+        actor = actor_model(policy, distribution, floats[:1])
+        surrogate = Surrogate(actor, rollout, 256 if len(space.shape) == 3 else None)
+        self._gradient = surrogate.gradient()
+        self._fisher = FisherOperator(surrogate, model.cg_damping)
 
     def gain(self, x: th.Tensor) -> float:
         x = x.double()

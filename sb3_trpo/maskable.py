@@ -204,8 +204,8 @@ class MaskableTRPO(TRPO):
         observations, action_masks = _apart(inputs)
         return self.policy.get_distribution(observations, action_masks=action_masks)
 
-    def _fit_critic(self, rollout: RolloutBatch, actor: list[nn.Parameter], tracked: Sequence[nn.Module] = ()) -> CriticFit:
-        return super()._fit_critic(replace(rollout, inputs=_apart(rollout.inputs)[0]), actor, tracked)
+    def _fit_critic(self, batch: RolloutBatch, actor: Sequence[nn.Parameter], tracked: Sequence[nn.Module] = ()) -> CriticFit:
+        return super()._fit_critic(replace(batch, inputs=_apart(batch.inputs)[0]), actor, tracked)
 
     def predict(
         self,

@@ -7,15 +7,14 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from torch import nn
 
 from sb3_trpo.arguments import POSITIVE_OR_SCHEDULE_OR_NONE, Rule, schedule_value
 from sb3_trpo.constructors import checked, rules_of, takes_arguments_of
 from sb3_trpo.optim.line_search import Evaluation, LineSearchResult, LineSearchStatus
 from sb3_trpo.optim.objective import Surrogate
-from sb3_trpo.optim.parameters import Snapshot, assign, flatten
+from sb3_trpo.optim.parameters import Snapshot, assign, flatten, is_step
 from sb3_trpo.optim.statistics import PolicyStep
-from sb3_trpo.trpo import TRPO, is_step
+from sb3_trpo.trpo import TRPO
 
 LINE_SEARCH_ARGUMENTS = ("line_search_shrinking_factor", "line_search_max_iter", "line_search_accept_ratio")
 
@@ -58,18 +57,17 @@ class NPG(TRPO):
         unused = super()._unused_arguments()
         return unused if self.actor_step_size is None else {**unused, "actor_step_size": ("target_kl",)}
 
-    def _step_length(self, curvature: float, n_steps: int) -> float:
+    def _step_size(self, curvature: float, n_steps: int) -> float:
         if self.actor_step_size is None:
-            return super()._step_length(curvature, n_steps)
+            return super()._step_size(curvature, n_steps)
         return schedule_value("actor_step_size", self.actor_step_size, self._current_progress_remaining)
 
-    def _search(
-        self, surrogate: Surrogate, actor: list[nn.Parameter], step: th.Tensor, start: Evaluation, expected: float
-    ) -> LineSearchResult:
-        """Take the step; undo it if the objective or the KL is not finite. See :meth:`TRPO._search`."""
+    def _line_search(self, surrogate: Surrogate, step: th.Tensor, start: Evaluation, expected: float) -> LineSearchResult:
+        """Take the step; undo it if the objective or the KL is not finite. See :meth:`TRPO._line_search`."""
         if not is_step(step):
             return LineSearchResult(LineSearchStatus.SKIPPED, 0.0, 0, start)
-        before = Snapshot(actor)
+        actor = surrogate.model.parameters
+        before = Snapshot([*actor, *self.policy.buffers()])
         assign(actor, flatten(actor).detach() + step)
         point = surrogate.evaluate()
         if math.isfinite(point.objective) and math.isfinite(point.kl):

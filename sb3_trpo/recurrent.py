@@ -23,12 +23,19 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from sb3_trpo.adapters.models import components
+from sb3_trpo.adapters.plain import is_plain
 from sb3_trpo.adapters.sequences import LstmStates, lstm_states, read_sequences, without_cudnn
 from sb3_trpo.arguments import Rule, one_of
 from sb3_trpo.constructors import checked, takes_arguments_of
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
+from sb3_trpo.optim.distributions import has_closed_form
+from sb3_trpo.optim.lstm import gauss_newton_lstms, is_standard
+from sb3_trpo.rollouts.actor import RolloutActor
+from sb3_trpo.rollouts.callback_locals import are_known
 from sb3_trpo.rollouts.collect import Truncation, stack_observations
 from sb3_trpo.rollouts.fast_step import Observations
+from sb3_trpo.rollouts.lstm_sampler import NumpyLstmNetworks, serves_lstm
 from sb3_trpo.rollouts.samplers import ActionSampler, resamples_noise
 from sb3_trpo.trpo import TRPO
 
@@ -137,6 +144,7 @@ class RecurrentTRPO(TRPO):
         zeros = th.zeros(lstm.num_layers, self.n_envs, lstm.hidden_size, device=self.device)
         #: LSTM states before the observations that were last acted on, and after them.
         self._last_lstm_states = self._next_lstm_states = RNNStates((zeros, zeros), (zeros, zeros))
+        self._networks: NumpyLstmNetworks | None = None
 
     def _fits_loop(self, rollout_buffer: RolloutBuffer) -> bool:
         return type(rollout_buffer) in (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)
@@ -145,6 +153,12 @@ class RecurrentTRPO(TRPO):
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         return RecurrentPPO.collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)  # type: ignore[arg-type]
+
+    def _make_actor(self, env: VecEnv, callback: BaseCallback, n_rollout_steps: int) -> RolloutActor:
+        # A callback of the user's own may change the policy at any step; the networks in NumPy would not notice.
+        use_numpy = are_known(callback) and serves_lstm(self.policy)
+        self._networks = NumpyLstmNetworks(self.policy) if use_numpy else None
+        return super()._make_actor(env, callback, n_rollout_steps)
 
     def _make_sampler(self, env: VecEnv, n_rollout_steps: int) -> ActionSampler | None:
         return None  # evaluating later would have to run the LSTMs once more
@@ -159,7 +173,11 @@ class RecurrentTRPO(TRPO):
         before = self._last_lstm_states
         episode_starts = th.as_tensor(self._last_episode_starts, dtype=th.float32, device=self.device)
         obs_tensor = obs_as_tensor(observations, self.device)
-        actions, values, log_probs, self._next_lstm_states = policy(obs_tensor, before, episode_starts)
+        if self._networks is not None:
+            *outputs, after = self._networks(observations, before, episode_starts)
+        else:
+            *outputs, after = policy(obs_tensor, before, episode_starts)
+        (actions, values, log_probs), self._next_lstm_states = outputs, after
         for name, states in (("pi", before.pi), ("vf", before.vf)):
             for kind, state in zip(("hidden", "cell"), states, strict=True):
                 getattr(buffer, f"{kind}_states_{name}")[step] = state.cpu().numpy()
@@ -191,12 +209,16 @@ class RecurrentTRPO(TRPO):
 
     def _distribution(self, inputs: Inputs) -> Distribution:
         observations, states, no_starts = self._apart(inputs, "actor_states")
-        with self._twice_differentiable():
+        with self._fast_products():
+            distribution = self.policy.get_distribution(observations, states, no_starts)[0]
+        if not th.is_grad_enabled() or has_closed_form(components(distribution)):
+            return distribution
+        with self._twice_differentiable():  # the KL of this family is differentiated twice
             return self.policy.get_distribution(observations, states, no_starts)[0]
 
     def _values(self, inputs: Inputs) -> th.Tensor:
         observations, states, no_starts = self._apart(inputs, "critic_states")
-        with self._twice_differentiable() if self.critic_method == "gauss_newton" else nullcontext():
+        with self._fast_products() if self.critic_method == "gauss_newton" else nullcontext():
             return self.policy.predict_values(observations, states, no_starts).flatten()
 
     def _apart(self, inputs: Inputs, name: str) -> tuple[Any, LstmStates, th.Tensor]:
@@ -204,20 +226,32 @@ class RecurrentTRPO(TRPO):
         assert isinstance(inputs, dict)
         return inputs["observations"], lstm_states(inputs[name]), th.zeros(len(inputs[name]), device=self.device)
 
+    @property
+    def _lstms(self) -> list[nn.LSTM]:
+        return [module for module in self.policy.modules() if isinstance(module, nn.LSTM)]
+
+    def _fast_products(self) -> AbstractContextManager[None]:
+        """Let the LSTMs run with derivatives made for Gauss-Newton products, where they are torch's own."""
+        if th.is_grad_enabled() and all(is_standard(lstm) and is_plain(lstm) for lstm in self._lstms):
+            return gauss_newton_lstms(self._lstms)
+        return self._twice_differentiable()
+
     def _twice_differentiable(self) -> AbstractContextManager[None]:
         """cuDNN's LSTM cannot be differentiated twice, as the Fisher matrix asks for; torch's own can, and is slower."""
         if self.device.type != "cuda" or not th.is_grad_enabled():
             return nullcontext()
-        return without_cudnn([module for module in self.policy.modules() if isinstance(module, nn.LSTM)])
+        return without_cudnn(self._lstms)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_last_lstm_states", "_next_lstm_states"]
+        return [*super()._excluded_save_params(), "_last_lstm_states", "_next_lstm_states", "_networks"]
 
-    def _resume_state(self) -> dict[str, Any]:
+    def get_extra_state(self) -> dict[str, Any]:
+        """See :meth:`TRPO.get_extra_state`."""
         states = [state.cpu().numpy() for pair in self._next_lstm_states for state in pair]
-        return {**super()._resume_state(), "lstm_states": states}
+        return {**super().get_extra_state(), "lstm_states": states}
 
-    def _restore(self, state: dict[str, Any], trust: bool) -> None:
-        super()._restore(state, trust)
+    def set_extra_state(self, state: dict[str, Any], trust: bool) -> None:
+        """See :meth:`TRPO.set_extra_state`."""
+        super().set_extra_state(state, trust)
         hidden_pi, cell_pi, hidden_vf, cell_vf = (th.as_tensor(array, device=self.device) for array in state["lstm_states"])
         self._last_lstm_states = self._next_lstm_states = RNNStates((hidden_pi, cell_pi), (hidden_vf, cell_vf))

@@ -21,6 +21,7 @@ from torch import nn
 
 from sb3_trpo.actions import ACTION_BOUNDS, ACTION_OPTIONS, BoundedActionPolicy, check_action_options, raw_actions
 from sb3_trpo.adapters.actor_critic import policy_distribution, policy_values
+from sb3_trpo.adapters.models import actor_model, critic_model, critic_parameters, value_function
 from sb3_trpo.arguments import (
     BOOLEAN,
     DEVICE,
@@ -47,17 +48,17 @@ from sb3_trpo.arguments import (
     shown,
     subclass_of,
 )
+from sb3_trpo.base import ResumableAlgorithm
 from sb3_trpo.constructors import checked, rules_of
-from sb3_trpo.distributed.moments import moments
 from sb3_trpo.distributed.process_group import local_device
-from sb3_trpo.distributed.synchronization import DistributedAlgorithm, synchronized
+from sb3_trpo.distributed.synchronization import synchronized
 from sb3_trpo.errors import did_you_mean, warn_user
-from sb3_trpo.optim.batch import ARRAY_BUFFERS, Inputs, RolloutBatch, normalize_advantages, read_rollout
+from sb3_trpo.optim.batch import Inputs, RolloutBatch, normalize_advantages
 from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.critic import CriticFit, fit_gauss_newton, fit_minibatches
 from sb3_trpo.optim.distributions import without_validation
 from sb3_trpo.optim.fisher import FisherOperator
-from sb3_trpo.optim.kfac import KFACPreconditioner, kfac_layers
+from sb3_trpo.optim.kfac import KFACPreconditioner
 from sb3_trpo.optim.line_search import (
     Evaluation,
     LineSearchResult,
@@ -66,9 +67,9 @@ from sb3_trpo.optim.line_search import (
     max_step_length,
     undamped_curvature,
 )
-from sb3_trpo.optim.mlp import actor_mlp, critic_mlp
+from sb3_trpo.optim.moments import moments
 from sb3_trpo.optim.objective import Surrogate
-from sb3_trpo.optim.parameters import Snapshot, all_finite, assign, flatten
+from sb3_trpo.optim.parameters import Snapshot, all_finite, assign, flatten, is_step
 from sb3_trpo.optim.running_statistics import STATISTICS_SHARE, keep_within, statistics, track, tracking_layers
 from sb3_trpo.optim.statistics import PolicyStep, UpdateStats
 from sb3_trpo.optim.transaction import UpdateTransaction
@@ -76,12 +77,10 @@ from sb3_trpo.policies import (
     CnnPolicy,
     MlpPolicy,
     MultiInputPolicy,
-    actor_parameters,
-    critic_parameters,
     has_images,
-    value_function,
 )
 from sb3_trpo.rollouts.actor import RolloutActor
+from sb3_trpo.rollouts.buffers import ARRAY_BUFFERS, read_rollout
 from sb3_trpo.rollouts.callback_locals import are_known, compute_locals
 from sb3_trpo.rollouts.checks import EnvOutputCheck, checked_steps, kept_statistics
 from sb3_trpo.rollouts.collect import (
@@ -100,7 +99,6 @@ from sb3_trpo.rollouts.samplers import (
     make_sampler,
     resamples_noise,
 )
-from sb3_trpo.saving.archive import Attributes
 from sb3_trpo.saving.sb3_contrib import MINIBATCH_ARGUMENTS, convert_model
 
 IMAGE_CHUNK = 256  # states in one forward pass where max_batch_size leaves it open: some 100 MB with NatureCNN
@@ -122,31 +120,12 @@ SB3_ARGUMENTS = (
     "seed",
     "device",
 )
-#: Attributes of models that earlier versions saved.
-RETIRED_ATTRIBUTES = (
-    "cg_warm_start",
-    "critic_cg_max_steps",
-    "critic_cg_residual_tol",
-    "distributed",
-    "_direction",
-    "_target_kl_schedule",
-)
 BUFFER_CLASS = optional(subclass_of(RolloutBuffer, "a class derived from SB3's RolloutBuffer"))
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
 
 
-def is_step(step: th.Tensor) -> bool:
-    """
-    Whether there is anywhere to go.
-
-    :param step: change of θ
-    :return: False if it is zero, or not finite
-    """
-    return bool(th.isfinite(step).all()) and bool(step.any())
-
-
-class TRPO(DistributedAlgorithm):
+class TRPO(ResumableAlgorithm):
     """
     Trust Region Policy Optimization (TRPO).
 
@@ -528,7 +507,7 @@ class TRPO(DistributedAlgorithm):
     def _collect_by_sb3(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
-        """SB3's loop, for policies and buffers that the package's own does not fit."""
+        """SB3's loop, for all others."""
         with raw_actions(self.policy):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
@@ -586,84 +565,73 @@ class TRPO(DistributedAlgorithm):
 
     @without_validation()
     def train(self) -> None:
-        """Trust-region steps of the policy (one unless asked for more), then the regression of the critic."""
-        started = time.perf_counter()
-        # One mode from start to end (dropout off): the one the rollout was collected in.
-        self.policy.set_training_mode(False)
+        """Improve the policy inside its trust region, then fit the value function."""
+        start_time = time.perf_counter()
+        self.policy.set_training_mode(False)  # the mode in which the rollout was collected
         self._update_learning_rate(self.policy.optimizer)
-        buffers, guard = Snapshot(self.policy.buffers()), UpdateTransaction(self.policy)
-        rollout = self._read_rollout().shared(self._ranks)
-        if self.normalize_advantage:
-            rollout = normalize_advantages(rollout)
-        actor = actor_parameters(self.policy, self._distribution, rollout.select(slice(1)).inputs)  # θ
-        layers = kfac_layers(self.policy, actor)
-
-        surrogate = self._surrogate(rollout, layers)  # L(θ), D̄_KL(θ_old, θ)
-        steps: list[PolicyStep] = []
-        point, tracked = self._track_statistics(surrogate, rollout)
-        moved = Snapshot(self.policy.buffers())
-        parts = self._parts(rollout)
-        for part in parts:
-            at_start = part is None and not steps and not tracked
-            seen, local = (rollout, surrogate) if at_start else self._relinearize(surrogate, rollout, part, layers)
-            gradient = local.gradient(actor)  # g
-            curved = self._subsampled(local, seen, layers)
-            fisher = FisherOperator(curved, actor, self.cg_damping, actor_mlp(self.policy))  # v ↦ (F + λI) v
-            fisher.keep_definite(gradient)
-            inverse = self._preconditioner(curved, layers, actor, fisher.damping)  # ≈ v ↦ (F + λI)⁻¹ v
-            solution = conjugate_gradient(
-                fisher, gradient, max_iter=self.cg_max_steps, rtol=self.cg_residual_tol, M=inverse
-            )  # s ≈ (F + λI)⁻¹ g
-            curvature = undamped_curvature(solution.curvature, fisher.damping, float(solution.x.dot(solution.x)))  # sᵀFs
-            length = self._step_length(curvature, len(parts))  # β
-            expected = length * float(gradient.dot(solution.x))
-            search = self._search(surrogate, actor, length * solution.x, point, expected)  # θ + αʲβs, or θ
-            if search.outcome is not LineSearchStatus.ACCEPTED:
-                moved.restore()
-            steps.append(PolicyStep(point, float(gradient.norm()), solution, length, expected, search))
-            point = search.point
-        if all(step.search.outcome is not LineSearchStatus.ACCEPTED for step in steps):
-            buffers.restore()
-        critic = self._fit_critic(rollout, actor, tracked)
-
-        self._failed_updates = guard.count(self._failed_updates, steps, critic)
+        batch = self._rollout_batch()  # normalized advantages; this rank's shard
+        with UpdateTransaction(self.policy, self._failed_updates, self.max_failed_updates) as update:
+            actor = actor_model(self.policy, self._distribution, batch.select(slice(1)).inputs)
+            surrogate = Surrogate(actor, batch, self._chunk_size, self.ent_coef)  # L(θ), D̄_KL(π_old ‖ π_θ)
+            point, tracked = self._track_statistics(surrogate)
+            minibatches = self._policy_minibatches(batch)
+            for index in minibatches:
+                update.steps.append(self._policy_step(surrogate, point, index, len(minibatches)))
+                point = update.steps[-1].search.point
+            update.restore_buffers_without_step()
+            update.critic = self._fit_critic(batch, actor.parameters, tracked)
+        self._failed_updates = update.n_failed
         self._n_updates += 1
-        self._record(steps, critic, surrogate.entropy, time.perf_counter() - started)
-        guard.stop_after(self._failed_updates, self.max_failed_updates)
+        self._record(update.steps, update.critic, surrogate.entropy, time.perf_counter() - start_time)
+        update.raise_if_stuck()
 
-    def _track_statistics(self, surrogate: Surrogate, rollout: RolloutBatch) -> tuple[Evaluation, Sequence[nn.Module]]:
+    def _policy_step(self, surrogate: Surrogate, start: Evaluation, index: th.Tensor | None, n_steps: int) -> PolicyStep:
+        """
+        One natural-gradient step θ ← θ + αʲβs (Schulman et al. 2015, appendix C).
+
+        :param surrogate: L(θ) and D̄_KL(π_old ‖ π_θ) on the whole rollout
+        :param start: L and D̄_KL at the current θ
+        :param index: sequences to compute the direction from; None for all
+        :param n_steps: number of steps in a pass over the rollout
+        :return: the step
+        """
+        local = surrogate.relinearize(index)  # around the current θ
+        subsampled = local.subsample(self.sub_sampling_factor)
+        gradient = local.gradient()  # g
+        fisher = FisherOperator(subsampled, self.cg_damping)  # v ↦ (F + λI) v
+        fisher.keep_definite(gradient)
+        inverse = self._preconditioner(subsampled, fisher.damping)  # v ↦ ≈ (F + λI)⁻¹ v
+        cg = conjugate_gradient(fisher, gradient, max_iter=self.cg_max_steps, rtol=self.cg_residual_tol, M=inverse)
+        curvature = undamped_curvature(cg.curvature, fisher.damping, float(cg.x.dot(cg.x)))  # sᵀFs
+        step_size = self._step_size(curvature, n_steps)  # β
+        expected = step_size * float(gradient.dot(cg.x))
+        search = self._line_search(surrogate, step_size * cg.x, start, expected)  # θ + αʲβs, or θ
+        return PolicyStep(start, float(gradient.norm()), cg, step_size, expected, search)
+
+    def _rollout_batch(self) -> RolloutBatch:
+        batch = self._read_rollout().shard(self._ranks)
+        return normalize_advantages(batch) if self.normalize_advantage else batch
+
+    def _policy_minibatches(self, batch: RolloutBatch) -> list[th.Tensor | None]:
+        """The sequences of the rollout that each policy step uses; None for all."""
+        if self.policy_batch_size is None:
+            return [None] * self.n_policy_updates
+        return [index for _ in range(self.n_policy_updates) for index in batch.minibatches(self.policy_batch_size, equal=True)]
+
+    def _track_statistics(self, surrogate: Surrogate) -> tuple[Evaluation, Sequence[nn.Module]]:
         """
         Bring the policy's running statistics up to date, inside the trust region.
 
-        :param surrogate: L(θ) and D̄_KL(θ_old, θ)
-        :param rollout: the rollout
-        :return: objective and KL afterwards, and the layers whose statistics are the policy's
+        :param surrogate: L(θ) and D̄_KL(π_old ‖ π_θ)
+        :return: L and D̄_KL afterwards, and the layers with the policy's statistics
         """
         layers = tracking_layers(self.policy)
         old = {layer: flatten(statistics([layer])) for layer in layers}
-        tracked = track(layers, self._distribution, rollout, self._chunk_size) if layers else []
+        tracked = track(layers, self._distribution, surrogate.batch, self._chunk_size) if layers else []
         if not tracked:
             return surrogate.start(), []
         before = th.cat([old[layer] for layer in tracked])
         return keep_within(tracked, before, surrogate.evaluate, STATISTICS_SHARE * self._current_target_kl), tracked
-
-    def _surrogate(self, rollout: RolloutBatch, layers: list[nn.Module]) -> Surrogate:
-        return Surrogate(self._distribution, rollout.chunks(self._chunk_size), layers, self.ent_coef)
-
-    def _parts(self, rollout: RolloutBatch) -> list[th.Tensor | None]:
-        """The units of the rollout that each step of the policy is computed from; None for all."""
-        if self.policy_batch_size is None:
-            return [None] * self.n_policy_updates
-        return [part for _ in range(self.n_policy_updates) for part in rollout.minibatches(self.policy_batch_size, equal=True)]
-
-    def _relinearize(
-        self, surrogate: Surrogate, rollout: RolloutBatch, part: th.Tensor | None, layers: list[nn.Module]
-    ) -> tuple[RolloutBatch, Surrogate]:
-        """The same objective as the present policy sees it, on some of the states."""
-        seen = replace(rollout, ratios=surrogate.ratios())
-        if part is not None:
-            seen = seen.sample(part)
-        return seen, self._surrogate(seen, layers)
 
     @property
     def _current_target_kl(self) -> float:
@@ -696,45 +664,38 @@ class TRPO(DistributedAlgorithm):
         with raw_actions(self.policy):
             return self.policy.evaluate_actions(rollout.inputs, rollout.actions)[:2]
 
-    def _subsampled(self, surrogate: Surrogate, rollout: RolloutBatch, layers: list[nn.Module]) -> Surrogate:
-        return surrogate if self.sub_sampling_factor == 1 else self._surrogate(rollout.thin(self.sub_sampling_factor), layers)
-
-    def _preconditioner(
-        self, surrogate: Surrogate, layers: list[nn.Module], actor: list[nn.Parameter], damping: float
-    ) -> KFACPreconditioner | None:
+    def _preconditioner(self, surrogate: Surrogate, damping: float) -> KFACPreconditioner | None:
         if self.cg_preconditioner is None or not surrogate.has_closed_form:
             return None
-        return KFACPreconditioner(surrogate, layers, actor, damping)
+        return KFACPreconditioner(surrogate, damping)
 
-    def _step_length(self, curvature: float, n_steps: int) -> float:
+    def _step_size(self, curvature: float, n_steps: int) -> float:
         """
         β of a step.
 
-        Several share the trust region: passes over the rollout go the same way, and their lengths add up to its radius; the
-        parts of a pass go ways of their own, and the squares of their lengths add up.
+        Steps share the trust region. Passes over the rollout take similar directions, so their lengths add up to its radius;
+        minibatches of a pass take different ones, so the squares of their lengths add up.
 
         :param curvature: sᵀFs
         :param n_steps: number of steps of the update
-        :return: what to multiply s with
+        :return: factor of s
         """
         return max_step_length(curvature, self._current_target_kl / (n_steps * self.n_policy_updates))
 
-    def _search(
-        self, surrogate: Surrogate, actor: list[nn.Parameter], step: th.Tensor, start: Evaluation, expected: float
-    ) -> LineSearchResult:
+    def _line_search(self, surrogate: Surrogate, step: th.Tensor, start: Evaluation, expected: float) -> LineSearchResult:
         """
-        Move θ along the step as far as the trust region and the objective allow, or leave everything as it was.
+        Move θ along the step as far as the trust region and the objective allow, or not at all.
 
-        :param surrogate: L(θ) and D̄_KL(θ_old, θ)
-        :param actor: θ
+        :param surrogate: L(θ) and D̄_KL(π_old ‖ π_θ)
         :param step: βs, the longest step
-        :param start: L and D̄_KL at the present θ
-        :param expected: βgᵀs, the improvement of L that a linear model expects of the step
-        :return: what was done
+        :param start: L and D̄_KL at the current θ
+        :param expected: βgᵀs, the improvement of L by the step in a linear model
+        :return: the accepted point, or ``start``
         """
         if not is_step(step):
             return LineSearchResult(LineSearchStatus.SKIPPED, 0.0, 0, start)
-        before = Snapshot(actor)
+        actor = surrogate.model.parameters
+        before = Snapshot([*actor, *self.policy.buffers()])
         theta = flatten(actor).detach()
 
         def evaluate(fraction: float) -> Evaluation:
@@ -754,46 +715,43 @@ class TRPO(DistributedAlgorithm):
             before.restore()
         return search
 
-    def _fit_critic(self, rollout: RolloutBatch, actor: list[nn.Parameter], tracked: Sequence[nn.Module] = ()) -> CriticFit:
+    def _fit_critic(self, batch: RolloutBatch, actor: Sequence[nn.Parameter], tracked: Sequence[nn.Module] = ()) -> CriticFit:
         """
         Regress the values on the returns, in the parameters that the policy does not depend on.
 
-        :param rollout: the rollout
-        :param actor: θ, not to be touched
-        :param tracked: layers whose running statistics are the policy's
-        :return: what the regression did
+        :param batch: the rollout
+        :param actor: θ, not to be changed
+        :param tracked: layers with the policy's running statistics, not to be changed
+        :return: result of the regression
         """
         own = [layer for layer in tracking_layers(self.policy) if layer not in tracked]
         if own:
-            track(own, self._values, rollout, self._chunk_size)
-        critic = critic_parameters(self.policy, self._values, rollout.select(slice(1)).inputs, actor)
-        encode, head = value_function(self.policy, self._values, critic)
+            track(own, self._values, batch, self._chunk_size)
+        parameters = critic_parameters(self.policy, self._values, batch.select(slice(1)).inputs, actor)
+        encode, head = value_function(self.policy, self._values, parameters)
         if encode is not None:
-            rollout = rollout.encoded(encode, self._chunk_size)
+            batch = batch.encoded(encode, self._chunk_size)
         if self.return_scaling:
-            returns = rollout.returns
-            rollout = replace(rollout, returns=returns / self._value_scale)
-            seen = moments(returns[rollout.is_real].cpu().double(), rollout.ranks)
-            if all_finite([seen.variance]):
-                self.return_moments.update_from_moments(seen.mean.numpy(), seen.variance.numpy(), seen.n_values)
+            batch = self._scale_returns(batch)
         if self.critic_method == "gauss_newton":
-            return fit_gauss_newton(
-                head,
-                rollout.chunks(self._chunk_size),
-                critic=critic,
-                layers=kfac_layers(self.policy, critic),
-                chain=critic_mlp(self.policy),
-                damping=self.critic_damping,
-                n_steps=self.n_critic_steps,
-            )
+            critic = critic_model(self.policy, head, parameters)
+            return fit_gauss_newton(critic, batch, self._chunk_size, damping=self.critic_damping, n_steps=self.n_critic_steps)
         return fit_minibatches(
             head,
-            rollout,
-            critic=critic,
+            batch,
+            critic=parameters,
             optimizer=self.policy.optimizer,
             batch_size=self.batch_size,
             n_epochs=self.n_critic_updates,
         )
+
+    def _scale_returns(self, batch: RolloutBatch) -> RolloutBatch:
+        """Divide returns by the running standard deviation, then update it."""
+        scaled = replace(batch, returns=batch.returns / self._value_scale)
+        seen = moments(batch.returns[batch.mask].cpu().double(), batch.ranks)
+        if all_finite([seen.variance]):
+            self.return_moments.update_from_moments(seen.mean.numpy(), seen.variance.numpy(), seen.n_values)
+        return scaled
 
     def _record(self, steps: list[PolicyStep], critic: CriticFit, entropy: float, seconds: float) -> None:
         """
@@ -863,9 +821,7 @@ class TRPO(DistributedAlgorithm):
         name = self.algorithm() if tb_log_name is None else tb_log_name
         return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
-    def _loaded(self, attributes: Attributes, keep: set[str]) -> None:
-        for name in RETIRED_ATTRIBUTES:
-            vars(self).pop(name, None)
-        if "kl_is_joint" not in attributes.names:
+    def _loaded(self, names: set[str], keep: set[str]) -> None:
+        if "kl_is_joint" not in names:
             convert_model(self, keep)
         self._warn_of_unused_arguments(keep)

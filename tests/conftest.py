@@ -1,6 +1,6 @@
 """Tiny SB3 policies with random rollouts in float64, over every kind of action space, for exact comparisons."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,11 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
+from support.models import policy_model
 from torch import nn
 
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
+from sb3_trpo.optim.mlp import MLP
 from sb3_trpo.optim.objective import Surrogate
 
 th.set_num_threads(1)
@@ -139,8 +141,18 @@ class Case:
         """SB3's gSDE stops gradients at the features of its noise; let them through, to compare with finite differences."""
         self.policy.action_dist.learn_features = True
 
-    def surrogate(self, chunk_size: int | None = None) -> Surrogate:
-        return Surrogate(self.distribution, self.rollout.chunks(chunk_size))
+    def surrogate(
+        self,
+        chunk_size: int | None = None,
+        *,
+        rollout: RolloutBatch | None = None,
+        actor: list[nn.Parameter] | None = None,
+        layers: Sequence[nn.Module] = (),
+        mlp: MLP | None = None,
+        ent_coef: float = 0.0,
+    ) -> Surrogate:
+        model = policy_model(self.distribution, self.actor if actor is None else actor, layers, mlp)
+        return Surrogate(model, self.rollout if rollout is None else rollout, chunk_size, ent_coef)
 
     def mean_kl_hessian(self, rollout: RolloutBatch | None = None) -> th.Tensor:
         """The oracle for F: the dense Hessian of the mean joint KL at θ_old, by torch's own KL of each component."""

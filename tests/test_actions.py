@@ -16,6 +16,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
+from support.models import policy_model
 from torch import nn
 from torch.distributions import (
     AffineTransform,
@@ -32,9 +33,9 @@ from torch.nn import functional as F
 
 from sb3_trpo import TRPO, MlpPolicy
 from sb3_trpo.actions import BoundedActionPolicy, CustomDistribution, TanhGaussianDistribution, log_tanh_slope, raw_actions
-from sb3_trpo.optim.distributions import components, has_closed_form, joint_kl
+from sb3_trpo.adapters.models import components, policy_output
+from sb3_trpo.optim.distributions import has_closed_form, joint_kl
 from sb3_trpo.optim.fisher import FisherOperator
-from sb3_trpo.optim.objective import policy_forward
 from sb3_trpo.optim.parameters import flatten
 from sb3_trpo.rollouts.samplers import NumpyActionSampler, action_transform, make_sampler
 
@@ -302,7 +303,7 @@ def test_lean_and_general_actors_agree(action_bound: str) -> None:
 
 def test_fast_product_and_preconditioner_serve_bounded_actions(make_case: Any) -> None:
     case = make_case("box", policy_class=BoundedActionPolicy, action_bound="tanh")
-    fisher = FisherOperator(case.surrogate(), case.actor, 0.0)
+    fisher = FisherOperator(case.surrogate(), 0.0)
     dense = case.mean_kl_hessian()
     for v in th.randn(3, len(dense), dtype=th.float64):
         th.testing.assert_close(fisher(v), dense @ v, rtol=1e-8, atol=1e-10)
@@ -579,9 +580,9 @@ def test_fisher_product_is_exact(name: str) -> None:
     rollout = make_rollout(policy, inputs)
     from sb3_trpo.optim.objective import Surrogate
 
-    surrogate = Surrogate(policy.get_distribution, rollout.chunks(None))
+    surrogate = Surrogate(policy_model(policy.get_distribution, actor), rollout)
     assert surrogate.has_closed_form == (name not in ("beta", "full_normal"))
-    fisher = FisherOperator(surrogate, actor, 0.0)
+    fisher = FisherOperator(surrogate, 0.0)
     old = FUNCTIONS[name][1](outputs_at(policy, inputs, [p.detach() for p in actor]))
 
     def mean_kl(*theta: th.Tensor) -> th.Tensor:
@@ -778,6 +779,6 @@ def test_a_family_without_a_kl_is_refused_in_words() -> None:
 @pytest.mark.parametrize("n_states", [1, 2, 12])
 def test_log_prob_of_every_distribution_is_one_number_a_state(name: str, n_states: int, make_case: Any) -> None:
     case = make_case(name, n_states=n_states)
-    forward = policy_forward(case.distribution, case.rollout)
+    forward = policy_output(case.distribution, case.rollout)
     assert forward.log_prob.shape == (n_states,)
     assert forward.entropy is None or forward.entropy.shape == (n_states,)

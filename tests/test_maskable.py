@@ -21,17 +21,18 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from support.models import policy_model
 from torch import nn
 
 from sb3_trpo import MaskableTRPO
+from sb3_trpo.adapters.models import actor_mlp, actor_parameters, components, critic_mlp
 from sb3_trpo.optim.batch import RolloutBatch
-from sb3_trpo.optim.distributions import components, has_closed_form
+from sb3_trpo.optim.distributions import has_closed_form
 from sb3_trpo.optim.fisher import FisherOperator
 from sb3_trpo.optim.kfac import KFACPreconditioner, kfac_layers
-from sb3_trpo.optim.mlp import actor_mlp, critic_mlp
+from sb3_trpo.optim.mlp import MLP
 from sb3_trpo.optim.objective import Surrogate
 from sb3_trpo.optim.parameters import flatten
-from sb3_trpo.policies import actor_parameters
 from sb3_trpo.rollouts.samplers import make_numpy_sampler
 
 N_STEPS, N_ENVS, N_STATES = 11, 3, 12
@@ -126,9 +127,9 @@ class Case:
         self.rollout = RolloutBatch(inputs, actions, advantages, returns, weights)
         self.actor = actor_parameters(self.policy, self.model._distribution, inputs)
 
-    def surrogate(self, chunk_size: int | None = None) -> Surrogate:
+    def surrogate(self, chunk_size: int | None = None, mlp: MLP | None = None) -> Surrogate:
         layers = kfac_layers(self.policy, self.actor)
-        return Surrogate(self.model._distribution, self.rollout.chunks(chunk_size), layers)
+        return Surrogate(policy_model(self.model._distribution, self.actor, layers, mlp), self.rollout, chunk_size)
 
     def by_hand(self) -> list[list[th.Tensor]]:
         """Log-probabilities of the valid choices, for each state and part."""
@@ -167,7 +168,7 @@ class Case:
 @pytest.fixture(params=[Double, LearnedDouble], ids=["chain", "general"])
 def extractor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[FlattenExtractor]:
     if request.param is Double:  # else only SB3's own extractor, which is of float32, is known to be flat
-        monkeypatch.setattr("sb3_trpo.optim.mlp.FlattenExtractor", Double)
+        monkeypatch.setattr("sb3_trpo.adapters.models.FlattenExtractor", Double)
     return request.param
 
 
@@ -201,17 +202,16 @@ class TestDerivatives:
         kl = case.mean_kl(case.old())
         slope = flatten(th.autograd.grad(kl, case.actor, create_graph=True))
         expected = th.stack([flatten(th.autograd.grad(entry, case.actor, retain_graph=True)) for entry in slope])
-        surrogate = case.surrogate(chunk_size)
-        assert surrogate.has_closed_form
-        for chain in (None, actor_mlp(case.policy)):
-            fisher = FisherOperator(surrogate, case.actor, 0.0, chain)
+        assert case.surrogate(chunk_size).has_closed_form
+        for mlp in (None, actor_mlp(case.policy)):
+            fisher = FisherOperator(case.surrogate(chunk_size, mlp), 0.0)
             assert_close(th.stack([fisher(row) for row in th.eye(len(expected), dtype=th.float64)]), expected)
 
     def test_gradient_objective_and_kl_are_those_of_the_valid_choices(self, case):
         old, old_log_probs = case.old(), case.log_probs().detach()
         surrogate = case.surrogate()
         objective = (th.exp(case.log_probs() - old_log_probs) * case.rollout.advantages).mean()
-        assert_close(surrogate.gradient(case.actor), flatten(th.autograd.grad(objective, case.actor)))
+        assert_close(surrogate.gradient(), flatten(th.autograd.grad(objective, case.actor)))
         entropy = -sum((part.exp() * part).sum() for parts in old for part in parts) / N_STATES
         assert surrogate.entropy == pytest.approx(float(entropy))
         case.move()
@@ -236,13 +236,12 @@ class TestDerivatives:
             for p in case.actor
         )
         assert vector.any()
-        for chain in (None, actor_mlp(case.policy)):
-            assert float(FisherOperator(surrogate, case.actor, 0.0, chain)(vector).abs().max()) < 1e-15
-        assert abs(float(surrogate.gradient(case.actor).dot(vector))) < 1e-15
+        for mlp in (None, actor_mlp(case.policy)):
+            assert float(FisherOperator(case.surrogate(mlp=mlp), 0.0)(vector).abs().max()) < 1e-15
+        assert abs(float(surrogate.gradient().dot(vector))) < 1e-15
 
     def test_preconditioner_is_positive_definite_and_finite(self, case):
-        layers = kfac_layers(case.policy, case.actor)
-        inverse = KFACPreconditioner(case.surrogate(), layers, case.actor, 0.1)
+        inverse = KFACPreconditioner(case.surrogate(), 0.1)
         size = sum(parameter.numel() for parameter in case.actor)
         dense = th.stack([inverse(row) for row in th.eye(size, dtype=th.float64)])
         assert_close(dense, dense.T)
@@ -570,4 +569,4 @@ def test_a_rollout_keeps_masks_with_their_states() -> None:
     index = th.tensor([4, 1])
     part = case.rollout.select(index)
     assert th.equal(part.inputs["action_masks"], case.masks[index])
-    assert replace(part, length=1).n_units == 2
+    assert replace(part, sequence_length=1).n_sequences == 2

@@ -17,6 +17,7 @@ from torch import nn
 
 from sb3_trpo import NPG, TRPO
 from sb3_trpo.optim.line_search import Evaluation, LineSearchResult, LineSearchStatus
+from sb3_trpo.optim.objective import Model
 from sb3_trpo.optim.parameters import flatten
 
 N_STEPS = 64
@@ -200,14 +201,17 @@ def test_a_step_needs_a_finite_objective_and_kl(point: Evaluation) -> None:
     class Stub:
         evaluate = staticmethod(lambda: point)
 
+        def __init__(self, parameters: list[th.Tensor]) -> None:
+            self.model = Model(None, parameters)
+
     model, start = make(), Evaluation(0.5, 0.0)
     actor = list(model.policy.action_net.parameters())
     before = flatten(actor).detach().clone()
     step = th.ones_like(before)
-    assert model._search(Stub(), actor, step, start, 1.0) == LineSearchResult(LineSearchStatus.REJECTED, 0.0, 0, start)
+    assert model._line_search(Stub(actor), step, start, 1.0) == LineSearchResult(LineSearchStatus.REJECTED, 0.0, 0, start)
     assert th.equal(flatten(actor), before)
     point = Evaluation(-7.0, 100.0)
-    assert model._search(Stub(), actor, step, start, 1.0) == LineSearchResult(LineSearchStatus.ACCEPTED, 1.0, 0, point)
+    assert model._line_search(Stub(actor), step, start, 1.0) == LineSearchResult(LineSearchStatus.ACCEPTED, 1.0, 0, point)
     assert th.equal(flatten(actor), before + 1.0)
 
 

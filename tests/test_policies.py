@@ -6,8 +6,9 @@ from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
+from sb3_trpo.adapters.models import actor_parameters, critic_parameters, value_function
 from sb3_trpo.optim.parameters import flatten
-from sb3_trpo.policies import CnnPolicy, MultiInputPolicy, actor_parameters, critic_parameters, value_function
+from sb3_trpo.policies import CnnPolicy, MultiInputPolicy
 
 
 def actor_of(case):

@@ -97,7 +97,7 @@ class Watched:
         self.products: list[th.Tensor] = []
         self.solutions: list[CGResult] = []
         self.parts: list[Any] = []
-        solve, parts = sb3_trpo.trpo.conjugate_gradient, TRPO._parts
+        solve, parts = sb3_trpo.trpo.conjugate_gradient, TRPO._policy_minibatches
 
         def conjugate_gradient(A: Callable[[th.Tensor], th.Tensor], b: th.Tensor, **kwargs: Any) -> CGResult:
             self.gradients.append(b.clone())
@@ -111,7 +111,7 @@ class Watched:
             return self.parts
 
         monkeypatch.setattr(sb3_trpo.trpo, "conjugate_gradient", conjugate_gradient)
-        monkeypatch.setattr(TRPO, "_parts", keep_parts)
+        monkeypatch.setattr(TRPO, "_policy_minibatches", keep_parts)
 
 
 @pytest.mark.parametrize("ent_coef", [0.0, 0.05])
@@ -167,7 +167,7 @@ def test_lengths_add_up_to_the_radius_of_the_trust_region(passes: int, parts: in
     """Along one ray in every pass, and at right angles within it, they go as far as one step with √(2δ / sᵀFs)."""
     curvature = 2.0
     model = make(target_kl=0.08, n_policy_updates=passes)
-    length = model._step_length(curvature, passes * parts)
+    length = model._step_size(curvature, passes * parts)
     radius = (2.0 * 0.08 / curvature) ** 0.5
     assert passes * (parts * length**2) ** 0.5 == pytest.approx(radius)
 
@@ -189,7 +189,7 @@ def test_parts_cover_every_state_once_a_pass_and_are_of_nearly_equal_size(
     n_states: int, size: int, n_parts: int, n_passes: int
 ) -> None:
     model = make(n_policy_updates=n_passes, n_steps=n_states, policy_batch_size=size, batch_size=n_states)
-    parts = model._parts(states(n_states))
+    parts = model._policy_minibatches(states(n_states))
     assert len(parts) == n_passes * n_parts
     sizes = [len(part) for part in parts]
     assert max(sizes) <= size
@@ -204,7 +204,7 @@ def test_parts_cover_every_state_once_a_pass_and_are_of_nearly_equal_size(
 def test_without_a_batch_nothing_is_shuffled() -> None:
     model = make(n_policy_updates=3)
     state = th.get_rng_state()
-    assert model._parts(states(64)) == [None] * 3
+    assert model._policy_minibatches(states(64)) == [None] * 3
     assert th.equal(th.get_rng_state(), state)
 
 
@@ -280,7 +280,7 @@ def test_buffers_are_put_back_where_no_step_is_taken(
 
 
 def test_a_step_that_is_refused_leaves_the_ones_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    search = TRPO._search
+    search = TRPO._line_search
     thetas: list[dict[str, th.Tensor]] = []
 
     def refuse_the_second(model: Any, *args: Any) -> LineSearchResult:
@@ -294,7 +294,7 @@ def test_a_step_that_is_refused_leaves_the_ones_before_it(monkeypatch: pytest.Mo
                 model.line_search_max_iter, model.line_search_accept_ratio = kept, 0.0
         return search(model, *args)
 
-    monkeypatch.setattr(TRPO, "_search", refuse_the_second)
+    monkeypatch.setattr(TRPO, "_line_search", refuse_the_second)
     model = make_case("box", n_policy_updates=3).learn(64)
     assert not same(thetas[1], thetas[0])
     assert same(thetas[2], thetas[1])

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -12,24 +13,25 @@ import torch as th
 from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.buffers import RecurrentDictRolloutBuffer, RecurrentRolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from support.models import policy_model
 from torch import nn
 
 from sb3_trpo import RecurrentTRPO
+from sb3_trpo.adapters.models import actor_parameters, components, critic_parameters
 from sb3_trpo.adapters.sequences import read_sequences, without_cudnn
 from sb3_trpo.optim.batch import RolloutBatch, map_inputs, normalize_advantages
 from sb3_trpo.optim.critic import fit_minibatches
-from sb3_trpo.optim.distributions import components, joint_kl
+from sb3_trpo.optim.distributions import joint_kl
 from sb3_trpo.optim.fisher import FisherOperator
 from sb3_trpo.optim.kfac import KFACPreconditioner, kfac_layers
 from sb3_trpo.optim.objective import Surrogate
 from sb3_trpo.optim.parameters import flatten
-from sb3_trpo.policies import actor_parameters, critic_parameters
 
 N_STEPS, N_ENVS = 9, 3
 N_STATES = N_STEPS * N_ENVS
@@ -124,8 +126,13 @@ class Quiet(BaseCallback):
         return self.n_calls != self.stop_at
 
 
-def collect(model: RecurrentTRPO, loop: Any = RecurrentTRPO.collect_rollouts, n_rollouts: int = 1) -> RecurrentTRPO:
-    _, callback = model._setup_learn(10**6, Quiet(), reset_num_timesteps=model._last_obs is None)
+def collect(
+    model: RecurrentTRPO,
+    loop: Any = RecurrentTRPO.collect_rollouts,
+    n_rollouts: int = 1,
+    callback_class: type[BaseCallback] = Quiet,
+) -> RecurrentTRPO:
+    _, callback = model._setup_learn(10**6, callback_class(), reset_num_timesteps=model._last_obs is None)
     for _ in range(n_rollouts):
         assert loop(model, model.env, callback, model.rollout_buffer, model.n_steps)
     return model
@@ -204,11 +211,10 @@ class Case:
     def surrogate(self, rollout: RolloutBatch | None = None, chunk_size: int | None = None, **kwargs: Any) -> Surrogate:
         rollout = self.rollout if rollout is None else rollout
         layers = kfac_layers(self.model.policy, self.actor)
-        return Surrogate(self.model._distribution, rollout.chunks(chunk_size), layers, **kwargs)
+        return Surrogate(policy_model(self.model._distribution, self.actor, layers), rollout, chunk_size, **kwargs)
 
     def preconditioner(self, rollout: RolloutBatch | None = None, chunk_size: int | None = None) -> KFACPreconditioner:
-        layers = kfac_layers(self.model.policy, self.actor)
-        return KFACPreconditioner(self.surrogate(rollout, chunk_size), layers, self.actor, 0.1)
+        return KFACPreconditioner(self.surrogate(rollout, chunk_size), 0.1)
 
     def move(self) -> None:
         with th.no_grad():
@@ -232,7 +238,7 @@ def as_double(rollout: RolloutBatch) -> RolloutBatch:
     def double(tensor: th.Tensor) -> th.Tensor:
         return tensor.double() if tensor.is_floating_point() else tensor
 
-    weights = rollout.is_real.double() / rollout.is_real.sum()
+    weights = rollout.mask.double() / rollout.mask.sum()
     rollout = replace(rollout, inputs=map_inputs(double, rollout.inputs), weights=weights)
     return replace(
         rollout, advantages=rollout.advantages.double(), returns=rollout.returns.double(), actions=double(rollout.actions)
@@ -252,10 +258,10 @@ def garbage(rollout: RolloutBatch) -> RolloutBatch:
         if len(tensor) != rollout.n_states or not tensor.is_floating_point():
             return tensor
         noise = th.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-        real = rollout.is_real.view(-1, *[1] * (tensor.ndim - 1))
+        real = rollout.mask.view(-1, *[1] * (tensor.ndim - 1))
         return tensor.where(real, 3.0 * noise)
 
-    assert not rollout.is_real.all()
+    assert not rollout.mask.all()
     advantages, returns = spoil(rollout.advantages), spoil(rollout.returns)
     actions = rollout.actions if rollout.actions.ndim == 2 and (rollout.actions % 1 == 0).all() else spoil(rollout.actions)
     return replace(rollout, inputs=map_inputs(spoil, rollout.inputs), actions=actions, advantages=advantages, returns=returns)
@@ -278,7 +284,7 @@ class TestSequences:
         if read_before:
             next(buffer.get())
         rollout = model._read_rollout()
-        real = rollout.is_real
+        real = rollout.mask
         with th.no_grad():
             log_probs = model._distribution(rollout.inputs).log_prob(rollout.actions)
             values = model._values(rollout.inputs)
@@ -305,12 +311,12 @@ class TestSequences:
         buffer = case.model.rollout_buffer
         begins = buffer.episode_starts.copy()
         begins[0] = 1.0
-        assert rollout.n_units == begins.sum()
-        assert rollout.length == N_STEPS  # one episode has the length of the rollout
-        assert rollout.n_states == rollout.n_units * rollout.length
-        assert rollout.is_real.sum() == N_STATES
+        assert rollout.n_sequences == begins.sum()
+        assert rollout.sequence_length == N_STEPS  # one episode has the length of the rollout
+        assert rollout.n_states == rollout.n_sequences * rollout.sequence_length
+        assert rollout.mask.sum() == N_STATES
         assert float(rollout.weights.sum()) == pytest.approx(1.0)
-        padding = ~rollout.is_real.view(-1, N_STEPS)
+        padding = ~rollout.mask.view(-1, N_STEPS)
         assert padding.any()
         observations = rollout.inputs["observations"].view(-1, N_STEPS, 2)
         for row, is_padding in zip(observations, padding, strict=True):
@@ -320,7 +326,7 @@ class TestSequences:
         rollout = case.rollout
         chosen = th.tensor([3, 0])
         part = rollout.select(chosen)
-        assert (part.n_units, part.n_states, part.length) == (2, 2 * N_STEPS, N_STEPS)
+        assert (part.n_sequences, part.n_states, part.sequence_length) == (2, 2 * N_STEPS, N_STEPS)
         for actual, whole in [
             (part.advantages, rollout.advantages),
             (part.weights, rollout.weights),
@@ -331,17 +337,17 @@ class TestSequences:
             assert th.equal(actual, th.cat([blocks[3], blocks[0]]))
         assert th.equal(part.inputs["critic_states"], rollout.inputs["critic_states"][chosen])
         assert float(rollout.sample(chosen).weights.sum()) == pytest.approx(1.0)
-        assert rollout.thin(rollout.n_units + 5).n_units == 1
+        assert rollout.subsample(rollout.n_sequences + 5).n_sequences == 1
 
     @pytest.mark.parametrize(("size", "units"), [(1, 1), (N_STEPS, 1), (2 * N_STEPS, 2), (2 * N_STEPS + 1, 2), (10**6, None)])
     def test_chunks_have_at_least_one_sequence(self, case, size, units):
         chunks = case.rollout.chunks(size)
-        assert chunks[0].n_units == (units or case.rollout.n_units)
-        assert sum(chunk.n_units for chunk in chunks) == case.rollout.n_units
+        assert chunks[0].n_sequences == (units or case.rollout.n_sequences)
+        assert sum(chunk.n_sequences for chunk in chunks) == case.rollout.n_sequences
         assert_close(th.cat([chunk.inputs["actor_states"] for chunk in chunks]), case.rollout.inputs["actor_states"])
 
     def test_advantages_are_normalised_without_padding(self, case):
-        real = case.rollout.is_real
+        real = case.rollout.mask
         for rollout in (case.rollout, garbage(case.rollout)):
             advantages = normalize_advantages(rollout).advantages[real]
             assert float(advantages.mean()) == pytest.approx(0.0, abs=1e-12)
@@ -354,13 +360,13 @@ class TestDerivatives:
         slope = case.kl_slope()
         assert float(slope.detach().abs().max()) < 1e-12
         expected = th.stack([flatten(th.autograd.grad(entry, case.actor, retain_graph=True)) for entry in slope])
-        assert_close(case.dense(FisherOperator(case.surrogate(), case.actor, damping=0.0)), expected)
-        assert_close(case.dense(FisherOperator(case.surrogate(), case.actor, damping=0.5)), expected + 0.5 * th.eye(case.size))
+        assert_close(case.dense(FisherOperator(case.surrogate(), damping=0.0)), expected)
+        assert_close(case.dense(FisherOperator(case.surrogate(), damping=0.5)), expected + 0.5 * th.eye(case.size))
 
     @pytest.mark.parametrize("chunk_size", [None, 2 * N_STEPS, 1])
     def test_fisher_products_are_those_of_the_hessian_of_the_kl(self, case, chunk_size):
         slope = case.kl_slope()
-        fisher = FisherOperator(case.surrogate(chunk_size=chunk_size), case.actor, damping=0.0)
+        fisher = FisherOperator(case.surrogate(chunk_size=chunk_size), damping=0.0)
         for vector in th.randn(3, case.size, dtype=th.float64):
             expected = flatten(th.autograd.grad(slope.dot(vector), case.actor, retain_graph=True))
             assert_close(fisher(vector), expected, 1e-9)
@@ -373,7 +379,7 @@ class TestDerivatives:
         found = case.steps.distributions()
         objective = th.stack([th.exp(new - new.detach()) * advantages[step] for step, (_, new) in enumerate(found)]).mean()
         expected = flatten(th.autograd.grad(objective, case.actor))
-        assert_close(case.surrogate(chunk_size=chunk_size).gradient(case.actor), expected)
+        assert_close(case.surrogate(chunk_size=chunk_size).gradient(), expected)
 
     @pytest.mark.parametrize("chunk_size", [None, N_STEPS])
     def test_objective_and_kl_away_from_the_old_policy_are_those_of_the_steps(self, case, chunk_size):
@@ -386,7 +392,7 @@ class TestDerivatives:
         point = surrogate.evaluate()
         assert point.objective == pytest.approx(float((ratios * advantages).mean().detach()))
         assert point.kl == pytest.approx(float(case.steps.mean_kl(old).detach()))
-        assert_close(surrogate.ratios()[case.rollout.is_real], ratios.T.flatten().detach())
+        assert_close(surrogate.ratios()[case.rollout.mask], ratios.T.flatten().detach())
 
     def test_what_padding_holds_does_not_matter(self, case):
         other = garbage(case.rollout)
@@ -394,10 +400,10 @@ class TestDerivatives:
         results = []
         for rollout in (case.rollout, other):
             surrogate = case.surrogate(rollout, ent_coef=0.01)
-            fisher = FisherOperator(surrogate, case.actor, damping=0.1)
+            fisher = FisherOperator(surrogate, damping=0.1)
             results.append(
                 [
-                    surrogate.gradient(case.actor),
+                    surrogate.gradient(),
                     fisher(vector),
                     case.preconditioner(rollout)(vector),
                     th.tensor([surrogate.entropy, *surrogate.start()]),
@@ -481,7 +487,7 @@ class TestCritic:
         optimizer = case.model.policy.optimizer
         fit_minibatches(values, case.rollout, critic=critic, optimizer=optimizer, batch_size=batch_size, n_epochs=1)
         assert max(sizes) == max(batch_size // N_STEPS, 1)
-        assert sum(sizes) == case.rollout.n_units
+        assert sum(sizes) == case.rollout.n_sequences
 
 
 def contents(model: RecurrentTRPO) -> dict[str, np.ndarray]:
@@ -493,9 +499,13 @@ def contents(model: RecurrentTRPO) -> dict[str, np.ndarray]:
 
 
 class TestCollecting:
-    @pytest.mark.parametrize("normalize", [False, True])
+    @pytest.mark.parametrize(
+        ("normalize", "callback_class"),
+        [(False, Quiet), (True, Quiet), (True, StopTrainingOnMaxEpisodes)],
+        ids=["plain", "normalized", "acting_in_numpy"],
+    )
     @pytest.mark.parametrize("name", CASES)
-    def test_the_buffer_is_that_of_recurrent_ppos_loop(self, name, normalize):
+    def test_the_buffer_is_that_of_recurrent_ppos_loop(self, name, normalize, callback_class):
         """The same random numbers are drawn, so the actions are the same too."""
         if normalize and (name == "image" or "dict" in name):
             pytest.skip("VecNormalize is tried on the others")
@@ -504,8 +514,10 @@ class TestCollecting:
             # RecurrentPPO draws gSDE's first noise matrix twice where it is sampled anew.
             model = make_model(name, normalize=normalize, **({"sde_sample_freq": -1} if name == "gsde" else {}))
             th.manual_seed(3)
-            collect(model, loop, n_rollouts=2)
+            collect(model, loop, 2, partial(callback_class, 10**6) if callback_class is not Quiet else Quiet)
             filled.append(contents(model))
+            if loop is RecurrentTRPO.collect_rollouts:
+                assert (model._networks is not None) == (callback_class is not Quiet)
             states.append(model._last_lstm_states)
         tolerance = 1e-4 if name == "image" else 1e-5  # SB3's loop hands convolutions transposed images
         for key, array in filled[1].items():

@@ -25,9 +25,9 @@ def targets(monkeypatch: pytest.MonkeyPatch) -> list[th.Tensor]:
     kept: list[th.Tensor] = []
     fit = sb3_trpo.trpo.fit_gauss_newton
 
-    def spy(values: Any, chunks: Any, **kwargs: Any) -> Any:
-        kept.append(th.cat([chunk.returns for chunk in chunks]))
-        return fit(values, chunks, **kwargs)
+    def spy(critic: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        kept.append(batch.returns.clone())
+        return fit(critic, batch, *args, **kwargs)
 
     monkeypatch.setattr(sb3_trpo.trpo, "fit_gauss_newton", spy)
     return kept

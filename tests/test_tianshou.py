@@ -97,10 +97,10 @@ def test_the_direction_is_theirs(name: str, preconditioned: bool, make_case: Any
     expected = -algorithm._conjugate_gradients(slope, kl_slope, nsteps=10)
 
     layers = kfac_layers(case.policy, case.actor) if preconditioned else []
-    surrogate = sb3_trpo.trpo.Surrogate(case.distribution, rollout.chunks(None), layers)
-    gradient = surrogate.gradient(case.actor)
-    inverse = KFACPreconditioner(surrogate, layers, case.actor, DAMPING) if preconditioned else None
-    fisher = FisherOperator(surrogate, case.actor, DAMPING)
+    surrogate = case.surrogate(layers=layers)
+    gradient = surrogate.gradient()
+    inverse = KFACPreconditioner(surrogate, DAMPING) if preconditioned else None
+    fisher = FisherOperator(surrogate, DAMPING)
     solution = conjugate_gradient(fisher, gradient, max_iter=300, rtol=1e-6, M=inverse)
 
     th.testing.assert_close(gradient, -slope, rtol=1e-9, atol=1e-12)

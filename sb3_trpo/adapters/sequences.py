@@ -10,7 +10,8 @@ from gymnasium import spaces
 from sb3_contrib.common.recurrent.buffers import RecurrentDictRolloutBuffer, RecurrentRolloutBuffer
 from torch import nn
 
-from sb3_trpo.optim.batch import RolloutBatch, as_taken, map_inputs
+from sb3_trpo.optim.batch import RolloutBatch, map_inputs
+from sb3_trpo.rollouts.buffers import action_tensor
 
 LstmStates = tuple[th.Tensor, th.Tensor]
 
@@ -45,7 +46,7 @@ def read_sequences(
     first = np.flatnonzero(begins)
     ends = np.append(first[1:], n_steps * n_envs)
     places = first[:, None] + np.arange((ends - first).max())
-    is_real = places < ends[:, None]
+    is_state = places < ends[:, None]
     index = np.minimum(places, ends[:, None] - 1).flatten()
 
     def padded(array: np.ndarray) -> th.Tensor:
@@ -62,8 +63,8 @@ def read_sequences(
         "critic_states": first_states(buffer.hidden_states_vf, buffer.cell_states_vf),
     }
     advantages = padded(buffer.advantages).flatten()
-    weights = th.as_tensor(is_real.flatten(), device=buffer.device).to(advantages) / (n_steps * n_envs)
-    actions = as_taken(padded(buffer.actions), action_space)
+    weights = th.as_tensor(is_state.flatten(), device=buffer.device).to(advantages) / (n_steps * n_envs)
+    actions = action_tensor(padded(buffer.actions), action_space)
     ids = np.arange(n_steps * n_envs).reshape(n_steps, n_envs).T.flatten()  # as if the states were in the order of the steps
     return RolloutBatch(
         inputs,
@@ -71,7 +72,7 @@ def read_sequences(
         advantages,
         padded(buffer.returns).flatten(),
         weights,
-        length=places.shape[1],
+        sequence_length=places.shape[1],
         ids=th.as_tensor(ids[index], device=buffer.device),
     )
 

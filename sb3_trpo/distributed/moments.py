@@ -3,43 +3,12 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 from sb3_trpo.distributed.process_group import ProcessGroup
-
-
-class Moments(NamedTuple):
-    """
-    Moments of some numbers.
-
-    :param mean: their mean
-    :param variance: mean square of their deviations from it
-    :param n_values: how many there are
-    """
-
-    mean: th.Tensor
-    variance: th.Tensor
-    n_values: int
-
-
-def moments(values: th.Tensor, ranks: ProcessGroup) -> Moments:
-    """
-    Moments of the values of all processes. Source: Chan, Golub & LeVeque 1983, equation 2.1.
-
-    :param values: those of this process, shape ``(n, ...)``
-    :param ranks: the processes
-    :return: mean and variance over the first dimension, shape ``(...)``
-    """
-    variance, mean = th.var_mean(values, dim=0, correction=0)
-    counts, means, variances = ranks.gather(th.stack([th.full_like(mean, len(values)), mean, variance])).unbind(1)
-    shares = counts / counts.sum(dim=0)
-    mean = means[0] + (shares * (means - means[0])).sum(dim=0)  # exact for equal means
-    variance = (shares * (variances + (means - mean).square())).sum(dim=0)
-    return Moments(mean, variance, int(counts.sum(dim=0).max()))
 
 
 @contextmanager

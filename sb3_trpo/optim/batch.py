@@ -1,22 +1,16 @@
-"""The rollout as tensors: what the policy saw, what it did, and how good that turned out to be."""
+"""A rollout as tensors: observations, actions, advantages and returns."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch as th
-from gymnasium import spaces
-from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
-from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 
-from sb3_trpo.distributed.moments import moments
-from sb3_trpo.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from sb3_trpo.optim.moments import moments
+from sb3_trpo.optim.reduction import SINGLE_PROCESS, Reduction
 
-#: What a policy sees. Dictionaries hold Dict observations, or an algorithm's further inputs beside the observations.
+#: Inputs of a policy. Dictionaries hold Dict observations, or observations and further inputs.
 Inputs = th.Tensor | dict[str, Any]
-
-#: Buffers whose arrays may be read and written directly.
-ARRAY_BUFFERS = (RolloutBuffer, DictRolloutBuffer, MaskableRolloutBuffer, MaskableDictRolloutBuffer)
 
 
 def map_inputs(function: Callable[[th.Tensor], th.Tensor], inputs: Inputs) -> Inputs:
@@ -24,7 +18,7 @@ def map_inputs(function: Callable[[th.Tensor], th.Tensor], inputs: Inputs) -> In
     Apply a function to every tensor of an observation.
 
     :param function: tensor ↦ tensor
-    :param inputs: observations, one tensor or a dictionary of them, nested at will
+    :param inputs: observations, a tensor or a nested dictionary of tensors
     :return: the results, in the same structure
     """
     if isinstance(inputs, dict):
@@ -35,23 +29,23 @@ def map_inputs(function: Callable[[th.Tensor], th.Tensor], inputs: Inputs) -> In
 @dataclass(frozen=True)
 class RolloutBatch:
     """
-    States of a rollout, or some of them. The first dimension of every tensor counts the states.
+    States of a rollout, or some of them. The first dimension of every tensor is over states.
 
-    A mean over the rollout is the sum weighted by ``weights``, so that the sums over its chunks add up to it, and so do those
-    over the shares that several processes have in it.
+    A mean over the rollout is the sum weighted by ``weights``, so that the sums over chunks, and over the shards of several
+    processes, add up to it.
 
-    States are selected in units: single states, or, for a policy with a memory, whole sequences of consecutive ones, padded
-    to one length. Padding has weight 0. Tensors among the inputs that belong to sequences have one row for each of them.
+    States are selected by sequences: single states, or, for a recurrent policy, consecutive states padded to one length.
+    Padding has weight 0. Inputs that belong to sequences have one row for each of them.
 
     :param inputs: observations
     :param actions: in the form ``Distribution.log_prob`` takes, shape ``(n_states, ...)``
     :param advantages: Â, shape ``(n_states,)``
     :param returns: R̂, the critic's targets, shape ``(n_states,)``
-    :param weights: share of each state in the mean, shape ``(n_states,)``
-    :param length: states of a unit
-    :param ratios: π(a|s) / π_collecting(a|s), shape ``(n_states,)``, where another policy π looks at it; None for all 1
-    :param ids: number of each state in the whole rollout, shape ``(n_states,)``; None for 0, 1, 2, …
-    :param ranks: the processes that have shares in the rollout
+    :param weights: weight of each state in the mean, shape ``(n_states,)``
+    :param sequence_length: states of a sequence
+    :param ratios: π(a|s) / π_collecting(a|s) where another policy π is the old one, shape ``(n_states,)``; None for all 1
+    :param ids: index of each state in the whole rollout, shape ``(n_states,)``; None for 0, 1, 2, …
+    :param ranks: the processes that hold shards of the rollout
     """
 
     inputs: Inputs
@@ -59,23 +53,23 @@ class RolloutBatch:
     advantages: th.Tensor
     returns: th.Tensor
     weights: th.Tensor
-    length: int = 1
+    sequence_length: int = 1
     ratios: th.Tensor | None = None
     ids: th.Tensor | None = None
-    ranks: ProcessGroup = SINGLE_PROCESS
+    ranks: Reduction = SINGLE_PROCESS
 
     def select(self, index: slice | th.Tensor) -> "RolloutBatch":
         """
-        Some of the units, weights unchanged.
+        Select sequences, with their weights unchanged.
 
         :param index: which
-        :return: their states; views where the index is a slice
+        :return: their states; views if the index is a slice
         """
 
         def part(tensor: th.Tensor) -> th.Tensor:
-            if self.length == 1:
+            if self.sequence_length == 1:
                 return tensor[index]
-            return tensor.unflatten(0, (self.n_units, -1))[index].flatten(end_dim=1)
+            return tensor.unflatten(0, (self.n_sequences, -1))[index].flatten(end_dim=1)
 
         return replace(
             self,
@@ -90,15 +84,15 @@ class RolloutBatch:
 
     @property
     def state_ids(self) -> th.Tensor:
-        """Number of each state in the whole rollout, shape ``(n_states,)``."""
+        """Index of each state in the whole rollout, shape ``(n_states,)``."""
         return th.arange(self.n_states, device=self.weights.device) if self.ids is None else self.ids
 
-    def shared(self, ranks: ProcessGroup) -> "RolloutBatch":
+    def shard(self, ranks: Reduction) -> "RolloutBatch":
         """
-        The same states as this process' share in the rollout of all processes.
+        Make this process's states its shard of the rollout of all processes.
 
         :param ranks: the processes; all take the same number of steps
-        :return: the share, with weights that add up to 1 over all processes, and numbers as if one process had all
+        :return: the shard, with weights that sum to 1 over all processes, and indices as if one process had all
             environments, those of the first process first
         """
         if ranks.size == 1:
@@ -113,27 +107,27 @@ class RolloutBatch:
         return len(self.actions)
 
     @property
-    def n_units(self) -> int:
-        """Number of units that can be selected."""
-        return self.n_states // self.length
+    def n_sequences(self) -> int:
+        """Number of sequences."""
+        return self.n_states // self.sequence_length
 
-    def units_in(self, n_states: int) -> int:
+    def sequences_in(self, n_states: int) -> int:
         """
-        How many units have so many states in all.
+        Number of sequences with at most so many states.
 
         :param n_states: number of states, at least 1
-        :return: number of units, at least 1
+        :return: number of sequences, at least 1
         """
-        return int(max(n_states // self.length, 1))
+        return int(max(n_states // self.sequence_length, 1))
 
     @property
-    def is_real(self) -> th.Tensor:
-        """Which states are no padding, shape ``(n_states,)``."""
+    def mask(self) -> th.Tensor:
+        """True for states that are not padding, shape ``(n_states,)``."""
         return self.weights > 0.0
 
     def sample(self, index: th.Tensor) -> "RolloutBatch":
         """
-        Some of the units, weighted to stand for all of them.
+        Select sequences, weighted to represent all of them.
 
         :param index: which, shape ``(n,)``
         :return: the sample
@@ -141,118 +135,70 @@ class RolloutBatch:
         sample = self.select(index)
         return replace(sample, weights=sample.weights * (self.weights.sum() / sample.weights.sum()))
 
-    def thin(self, factor: int) -> "RolloutBatch":
+    def subsample(self, factor: int) -> "RolloutBatch":
         """
-        A random 1/``factor`` of the units, weighted to stand for all of them.
+        Select a random 1/``factor`` of the sequences, weighted to represent all of them.
 
-        A regular stride would pick the same environments every time wherever the factor divides their number. The
-        choice depends on the number of units alone.
+        A regular stride would pick the same environments whenever the factor divides their number. The choice depends on
+        the number of sequences only.
 
         :param factor: 1 keeps all
-        :return: the thinned rollout
+        :return: the sample
         """
-        shuffled = th.randperm(self.n_units, generator=th.Generator().manual_seed(0))
-        return self.sample(shuffled[: -(-self.n_units // factor)].sort().values.to(self.actions.device))
+        shuffled = th.randperm(self.n_sequences, generator=th.Generator().manual_seed(0))
+        return self.sample(shuffled[: -(-self.n_sequences // factor)].sort().values.to(self.actions.device))
 
     def minibatches(self, size: int, equal: bool = False) -> Sequence[th.Tensor]:
         """
-        Shuffle the units and cut them into pieces, as many in every process that has a share.
+        Shuffle the sequences and split them into minibatches, the same number in every process.
 
-        :param size: most states in a piece, which has one unit in any case
-        :param equal: make the pieces as equal as can be, instead of the last one smaller
-        :return: the units of each piece
+        :param size: most states in a minibatch, which has at least one sequence
+        :param equal: make the minibatches equally large, instead of the last one smaller
+        :return: the sequences of each minibatch
         """
-        order = th.randperm(self.n_units, device=self.actions.device)
-        pieces = order.split(self.units_in(size))
+        order = th.randperm(self.n_sequences, device=self.actions.device)
+        pieces = order.split(self.sequences_in(size))
         count = int(self.ranks.max(th.tensor(len(pieces), device=order.device)))
         if not equal and len(pieces) == count:
             return pieces
-        return order.repeat(-(-count // len(order))).tensor_split(count)  # a small share is gone through more than once
+        return order.repeat(-(-count // len(order))).tensor_split(count)  # a small shard is used more than once
 
     def chunks(self, max_size: int | None) -> list["RolloutBatch"]:
         """
-        Cut into consecutive pieces.
+        Split into consecutive chunks.
 
-        :param max_size: most states in a piece, which has one unit in any case; None for one piece
-        :return: the pieces, in order
+        :param max_size: most states in a chunk, which has at least one sequence; None for one chunk
+        :return: the chunks, in order
         """
-        size = self.n_units if max_size is None else self.units_in(max_size)
-        return [self.select(slice(start, start + size)) for start in range(0, self.n_units, size)]
+        size = self.n_sequences if max_size is None else self.sequences_in(max_size)
+        return [self.select(slice(start, start + size)) for start in range(0, self.n_sequences, size)]
 
     @th.no_grad()
     def encoded(self, encode: Callable[[Inputs], th.Tensor], max_size: int | None) -> "RolloutBatch":
         """
-        The same states with features in place of their observations.
+        Replace the observations by features.
 
         :param encode: observations ↦ features
         :param max_size: most states to encode at once
-        :return: the rollout with encoded observations
+        :return: the batch of features
         """
         return replace(self, inputs=th.cat([encode(chunk.inputs) for chunk in self.chunks(max_size)]))
 
 
-def read_rollout(buffer: RolloutBuffer, action_space: spaces.Space[Any]) -> RolloutBatch:
+def normalize_advantages(batch: RolloutBatch) -> RolloutBatch:
     """
-    The whole buffer as tensors on its device, without shuffling it and, on the CPU, without copying the observations.
-
-    A buffer class of the user's own is asked for its samples instead, in whatever order it gives them. Where the buffer has
-    action masks, the inputs are ``{"observations": ..., "action_masks": ...}``.
-
-    :param buffer: a full rollout buffer
-    :param action_space: the environment's action space
-    :return: the rollout, advantages as the buffer holds them
-    """
-    action_masks: th.Tensor | None = None
-    if type(buffer) in ARRAY_BUFFERS:
-        n_states = buffer.buffer_size * buffer.n_envs
-
-        def as_tensor(array: th.Tensor) -> th.Tensor:
-            # SB3 stores (step, env, ...) and turns that into (state, ...) at the first `get`; both fit here.
-            tail = array.shape[1:] if buffer.generator_ready else array.shape[2:]
-            return th.as_tensor(array, device=buffer.device).reshape(n_states, *tail)
-
-        inputs = map_inputs(as_tensor, buffer.observations)  # type: ignore[arg-type]
-        actions, advantages, returns = map(as_tensor, (buffer.actions, buffer.advantages, buffer.returns))  # type: ignore[arg-type]
-        if isinstance(buffer, (MaskableRolloutBuffer, MaskableDictRolloutBuffer)):
-            action_masks = as_tensor(buffer.action_masks)  # type: ignore[arg-type]
-    else:
-        samples = next(buffer.get(batch_size=None))
-        inputs, actions = samples.observations, samples.actions
-        advantages, returns = samples.advantages, samples.returns
-        action_masks = getattr(samples, "action_masks", None)
-    if action_masks is not None:
-        inputs = {"observations": inputs, "action_masks": action_masks > 0.5}
-    actions = as_taken(actions, action_space)
-    advantages, returns = advantages.flatten(), returns.flatten()
-    weights = th.full_like(advantages, 1.0 / len(advantages))
-    return RolloutBatch(inputs, actions, advantages, returns, weights)
-
-
-def as_taken(actions: th.Tensor, action_space: spaces.Space[Any]) -> th.Tensor:
-    """
-    Actions in the form that ``Distribution.log_prob`` takes.
-
-    :param actions: as a buffer holds them, shape ``(n_states, ...)``
-    :param action_space: the environment's action space
-    :return: integers for Discrete, shape ``(n_states,)``; else numbers, shape ``(n_states, ...)``
-    """
-    return actions.long().flatten() if isinstance(action_space, spaces.Discrete) else actions.float()
-
-
-def normalize_advantages(rollout: RolloutBatch) -> RolloutBatch:
-    """
-    Advantages with mean 0 and standard deviation 1.
+    Scale advantages to mean 0 and standard deviation 1.
 
     Advantages are differences of returns. A spread below the rounding error of the returns carries no information; such
     advantages become exactly 0 instead of amplified noise.
 
-    :param rollout: the rollout
-    :return: the same rollout with normalised advantages
+    :param batch: the rollout
+    :return: the batch with normalized advantages
     """
-    real = rollout.is_real
-    seen = moments(th.stack([rollout.advantages[real], rollout.returns[real]], dim=1), rollout.ranks)
+    mask = batch.mask
+    seen = moments(th.stack([batch.advantages[mask], batch.returns[mask]], dim=1), batch.ranks)
     (mean, mean_return), (variance, return_variance) = seen.mean, seen.variance
     spread = (variance * (seen.n_values / max(seen.n_values - 1, 1))).sqrt()
     rounding = th.finfo(spread.dtype).eps * (mean_return.square() + return_variance).sqrt()
-    centred = rollout.advantages - mean
-    return replace(rollout, advantages=th.where(spread <= rounding, th.zeros_like(centred), centred / (spread + 1e-8)))
+    centered = batch.advantages - mean
+    return replace(batch, advantages=th.where(spread <= rounding, th.zeros_like(centered), centered / (spread + 1e-8)))

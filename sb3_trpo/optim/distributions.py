@@ -1,8 +1,7 @@
-"""The action distribution as the update sees it: its parameters z, its joint KL, its Fisher matrix M.
+"""Action distributions: their parameters z, their joint KL, their Fisher matrix M.
 
-SB3 wraps torch distributions. One wrapper holds one torch distribution, or (MultiDiscrete) a list of independent ones;
-either way the update works on the tuple of them, the *components*. A squashing bijection after sampling changes neither
-KL nor Fisher matrix, so the components before the squashing are all that is needed.
+A distribution is a tuple of independent torch distributions, its *components*. A bijection after sampling, as tanh, changes
+neither KL nor Fisher matrix, so the components are those before it.
 """
 
 import copy
@@ -14,8 +13,6 @@ from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
 import torch as th
-from sb3_contrib.common.maskable.distributions import MaskableMultiCategoricalDistribution
-from stable_baselines3.common.distributions import Distribution
 from torch.distributions import Bernoulli, Categorical, Normal
 from torch.distributions import Distribution as TorchDistribution
 from torch.distributions import kl_divergence as torch_kl_divergence
@@ -54,21 +51,6 @@ def without_validation() -> Iterator[None]:
             _Validation.n_users -= 1
             if _Validation.n_users == 0:
                 TorchDistribution.set_default_validate_args(_Validation.default)
-
-
-def components(distribution: Distribution) -> Components:
-    """
-    The independent torch distributions that make up an SB3 action distribution.
-
-    SB3 hands out one mutable wrapper per policy; the torch distributions inside are made anew by every forward pass, so
-    the returned tuple stays valid.
-
-    :param distribution: SB3 action distribution
-    :return: its torch distributions, each with the states in its first batch dimension
-    """
-    several = isinstance(distribution, MaskableMultiCategoricalDistribution)
-    inner = distribution.distributions if several else distribution.distribution  # type: ignore[attr-defined]
-    return tuple(inner) if isinstance(inner, (list, tuple)) else (inner,)
 
 
 def joint_kl(old: Components, new: Components) -> th.Tensor:

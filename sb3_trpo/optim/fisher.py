@@ -1,4 +1,4 @@
-"""The damped Fisher information matrix of the policy, by its products with vectors.
+"""Products of the damped Fisher information matrix with vectors.
 
 With z(θ) the parameters of the action distribution and J = ∂z/∂θ, the Fisher matrix, which is the Hessian of the KL at
 θ_old, is F = E[Jᵀ M J] (Schraudolph 2002; Martens 2014, section 6). M is known in closed form for the families behind
@@ -15,31 +15,153 @@ from torch.distributions import Normal
 from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.optim.conjugate_gradient import LinearMap
 from sb3_trpo.optim.distributions import fisher_metric, has_closed_form, joint_kl, outputs
-from sb3_trpo.optim.mlp import MLP, MLPJacobian
-from sb3_trpo.optim.objective import ModelOutput, RolloutObjective
+from sb3_trpo.optim.mlp import MLPJacobian
+from sb3_trpo.optim.objective import Model, ModelOutput, RolloutObjective
 from sb3_trpo.optim.parameters import flatten, shifted, unflatten
+
+JVP = Callable[[th.Tensor], Sequence[th.Tensor]]
+
+#: A damping from here on is far above rounding errors.
+USUAL_DAMPING = 1e-4
+#: Relative difference between uᵀ(J v) and (Jᵀu)ᵀv below which they are equal up to rounding.
+SYMMETRY_TOLERANCE = 1e-3
+
+
+class FisherOperator:
+    """
+    v ↦ (F + λI) v at θ_old.
+
+    A rollout of one chunk is linearized once for all products; a larger one in every product, chunk by chunk.
+
+    :param objective: the model on the states over which F is the mean
+    :param damping: λ
+    """
+
+    def __init__(self, objective: RolloutObjective, damping: float) -> None:
+        self.damping = damping
+        self._objective = objective
+        self._kept = list(self._products()) if objective.is_one_graph else None
+
+    def keep_definite(self, v: th.Tensor) -> None:
+        """
+        Raise a λ near 0 to what rounding errors of the products need; a usual λ is far above that.
+
+        Eigenvalues of F below ε of the largest are noise, which such a λ would turn into enormous steps.
+
+        :param v: the gradient, whose Rayleigh quotient estimates the size of F
+        """
+        if self.damping < USUAL_DAMPING and bool(v.any()):
+            size = float(v.dot(self(v)) / v.dot(v)) - self.damping
+            if 0.0 < size < math.inf:
+                self.damping = max(self.damping, th.finfo(v.dtype).eps ** 0.5 * size)
+
+    def _products(self) -> Iterator[LinearMap]:
+        for chunk, old, new in self._objective.linearized():
+            yield fisher_product(self._objective, chunk, old, new)
+
+    def __call__(self, v: th.Tensor) -> th.Tensor:
+        """
+        Multiply.
+
+        :param v: flat vector, shape ``(n_parameters,)``
+        :return: (F + λI) v
+        """
+        total = th.zeros_like(v)
+        for product in self._kept or self._products():
+            total = total + product(v)
+        return self.damping * v + self._objective.ranks.sum(total)
+
+
+def fisher_product(objective: RolloutObjective, chunk: RolloutBatch, old: ModelOutput, new: ModelOutput) -> LinearMap:
+    """
+    v ↦ F v of some states, by the fastest method that the model allows.
+
+    :param objective: the model on the rollout
+    :param chunk: some of its states
+    :param old: π_old on them, detached
+    :param new: π_θ on them with its graph, θ = θ_old
+    :return: the product, for flat vectors
+    """
+    fast = mlp_fisher_product(objective.model, new, chunk.weights)
+    if fast is not None:
+        return fast
+    if has_closed_form(new.components):
+        return GGNProduct(objective, chunk, new)
+    return KLHessianProduct(objective, chunk, old, new)
+
+
+def mlp_fisher_product(model: Model, new: ModelOutput, weights: th.Tensor) -> LinearMap | None:
+    """
+    v ↦ E[Jᵀ M J v] for an MLP whose output is the distribution's location or logits.
+
+    The only other parameter may be the state-independent ``log_std`` of a Gaussian, whose Fisher block is 2I.
+
+    :param model: the policy
+    :param new: the policy on the states, with the calls of the MLP's layers
+    :param weights: weight of each state in the mean, shape ``(n_states,)``
+    :return: the product, for flat vectors; None if θ is not the MLP's parameters and ``log_std``
+    """
+    mlp, actor = model.mlp, model.parameters
+    if mlp is None:
+        return None
+    position = {id(parameter): i for i, parameter in enumerate(actor)}
+    in_mlp = [position.get(id(parameter), -1) for parameter in mlp.parameters]
+    rest = [i for i in range(len(actor)) if i not in in_mlp]
+    is_gaussian = isinstance(new.components[0], Normal)
+    has_log_std = is_gaussian and outputs(new.components)[1].requires_grad
+    widths = [z.shape[1] for z in outputs(new.components)][: 1 if is_gaussian else None]
+    rest_fits = [actor[i].shape for i in rest] == ([th.Size(widths)] if has_log_std else [])
+    if (
+        -1 in in_mlp
+        or len(set(in_mlp)) < len(in_mlp)
+        or not rest_fits
+        or [call.layer for call in new.calls] != mlp.layers
+        or any(call.output.dtype != actor[0].dtype for call in new.calls)  # autocast
+    ):
+        return None
+    jacobian = MLPJacobian(new.calls, mlp.activations)
+    column = weights.unsqueeze(1)
+
+    def product(v: th.Tensor) -> th.Tensor:
+        tangents = unflatten(v, actor)
+        moved = jacobian.jvp([tangents[i] for i in in_mlp]).split(widths, dim=1)
+        metric = fisher_metric(new.components, [*moved, th.zeros_like(moved[0])] if is_gaussian else moved)
+        pulled = jacobian.vjp(th.cat(metric[: len(widths)], dim=1) * column)
+        products = [2.0 * weights.sum() * tangent for tangent in tangents]
+        for i, part in zip(in_mlp, pulled, strict=True):
+            products[i] = part
+        return flatten(products)
+
+    return product
 
 
 class GGNProduct:
     """
-    v ↦ E[Jᵀ M J v].
+    v ↦ E[Jᵀ M J v], the generalized Gauss-Newton product.
 
-    J v comes from reverse-mode differentiation alone, which every torch module supports: u ↦ Jᵀu is linear, so
-    differentiating it once more with respect to u gives v ↦ J v. The graph of both is built once and serves every product.
-    Operations that can be differentiated only once raise, or drop out in silence, which vᵀ(JᵀMJv) = (Jv)ᵀM(Jv) tells: J v
-    is a difference of forward passes then.
+    J v comes from reverse mode alone, which every torch module supports: u ↦ Jᵀu is linear, so its derivative with respect
+    to u gives v ↦ J v. The graph of both is built once and serves every product. Operations without a second derivative
+    raise, or drop out silently, which the identity vᵀ(JᵀMJv) = (Jv)ᵀM(Jv) reveals. J v is then a difference of forward
+    passes.
 
     :param objective: the model on the rollout
     :param chunk: some of its states
     :param new: the model on them, with its graph
-    :param actor: the parameters θ
+    :param parameters: those to differentiate by; None for θ
     """
 
-    def __init__(self, objective: RolloutObjective, chunk: RolloutBatch, new: ModelOutput, actor: Sequence[th.Tensor]) -> None:
-        self._objective, self._chunk, self._parts, self._actor = objective, chunk, new.parts, actor
-        self._z = outputs(new.parts)
-        self._moving = [index for index, tensor in enumerate(self._z) if tensor.requires_grad]
-        self._z_moving = [self._z[index] for index in self._moving]
+    def __init__(
+        self,
+        objective: RolloutObjective,
+        chunk: RolloutBatch,
+        new: ModelOutput,
+        parameters: Sequence[th.Tensor] | None = None,
+    ) -> None:
+        self._objective, self._chunk, self._components = objective, chunk, new.components
+        self._actor = objective.model.parameters if parameters is None else parameters
+        self._z = outputs(new.components)
+        self._variable = [index for index, tensor in enumerate(self._z) if tensor.requires_grad]
+        self._z_variable = [self._z[index] for index in self._variable]
         self._jvp: JVP | None = None
 
     def __call__(self, v: th.Tensor) -> th.Tensor:
@@ -52,60 +174,100 @@ class GGNProduct:
         if self._jvp is None:
             self._jvp, product = self._choose(v)
             return product
-        return self._pull(self._metric(self._jvp(v)))
+        return self._vjp(self._metric(self._jvp(v)))
 
-    def _choose(self, v: th.Tensor) -> tuple["JVP", th.Tensor]:
-        """Differentiate twice, once it has been seen to work for the model; take differences otherwise."""
-        by_differences = difference_jvp(self._moved_outputs, self._actor)
+    def _choose(self, v: th.Tensor) -> tuple[JVP, th.Tensor]:
+        """Differentiate twice if the first product of the objective proves it right; else take differences."""
+        by_differences = difference_jvp(self._outputs_now, self._actor)
         if self._objective.is_twice_differentiable is not False:
             try:
-                reverse = reverse_jvp(self._z_moving, self._actor)
+                reverse = reverse_jvp(self._z_variable, self._actor)
                 if self._objective.is_twice_differentiable:
-                    return reverse, self._pull(self._metric(reverse(v)))
+                    return reverse, self._vjp(self._metric(reverse(v)))
                 product, asymmetry = self._checked(v, reverse)
-                # In half precision neither is near: the better one serves.
-                if asymmetry < 1e-3 or asymmetry <= self._checked(v, by_differences)[1]:
+                # In half precision neither is accurate: the better one serves.
+                if asymmetry < SYMMETRY_TOLERANCE or asymmetry <= self._checked(v, by_differences)[1]:
                     self._objective.is_twice_differentiable = True
                     return reverse, product
-                reason = "the backward pass of some operation has no graph"
+                reason = "the backward pass of an operation has no graph"
             except RuntimeError as error:
-                reason = once_differentiable(error)
+                reason = derivative_error(error)
             self._objective.is_twice_differentiable = False
             warn_of_differences(reason)
-        return by_differences, self._pull(self._metric(by_differences(v)))
+        return by_differences, self._vjp(self._metric(by_differences(v)))
 
-    def _metric(self, moved: Sequence[th.Tensor]) -> list[th.Tensor]:
-        """Weighted M u, where only some of the outputs move."""
-        tangents = [th.zeros_like(tensor) for tensor in self._z]
-        for index, tangent in zip(self._moving, moved, strict=True):
-            tangents[index] = tangent
-        metric = fisher_metric(self._parts, tangents)
+    def _metric(self, tangents: Sequence[th.Tensor]) -> list[th.Tensor]:
+        """Weighted M u, where only some of the outputs are variable."""
+        u = [th.zeros_like(tensor) for tensor in self._z]
+        for index, tangent in zip(self._variable, tangents, strict=True):
+            u[index] = tangent
+        metric = fisher_metric(self._components, u)
         weights = self._chunk.weights
-        return [metric[i] * weights.view(-1, *[1] * (metric[i].ndim - 1)) for i in self._moving]
+        return [metric[i] * weights.view(-1, *[1] * (metric[i].ndim - 1)) for i in self._variable]
 
-    def _pull(self, cotangents: Sequence[th.Tensor]) -> th.Tensor:
-        """Jᵀu."""
-        return flatten(th.autograd.grad(self._z_moving, self._actor, cotangents, retain_graph=True, materialize_grads=True))
+    def _vjp(self, cotangents: Sequence[th.Tensor]) -> th.Tensor:
+        return flatten(th.autograd.grad(self._z_variable, self._actor, cotangents, retain_graph=True, materialize_grads=True))
 
-    def _checked(self, v: th.Tensor, jvp: "JVP") -> tuple[th.Tensor, float]:
-        """The product, and the relative difference between uᵀ(J v) and (Jᵀu)ᵀv, for u = M J v if that is not 0."""
-        moved = jvp(v)
-        cotangents = self._metric(moved)
-        product = pulled = self._pull(cotangents)
+    def _checked(self, v: th.Tensor, jvp: JVP) -> tuple[th.Tensor, float]:
+        """Return the product, and the relative difference between uᵀ(J v) and (Jᵀu)ᵀv, with u = M J v unless that is 0."""
+        tangents = jvp(v)
+        cotangents = self._metric(tangents)
+        product = pulled = self._vjp(cotangents)
         if not any(bool(cotangent.any()) for cotangent in cotangents):
-            cotangents = [th.arange(t.numel(), dtype=t.dtype, device=t.device).cos().view_as(t) for t in moved]
-            pulled = self._pull(cotangents)
+            cotangents = [th.arange(t.numel(), dtype=t.dtype, device=t.device).cos().view_as(t) for t in tangents]
+            pulled = self._vjp(cotangents)
         outer = float(v.dot(pulled))
-        inner = sum(float((u * t).sum()) for u, t in zip(cotangents, moved, strict=True))
+        inner = sum(float((u * t).sum()) for u, t in zip(cotangents, tangents, strict=True))
         return product, abs(outer - inner) / max(abs(outer), abs(inner), th.finfo(v.dtype).tiny)
 
-    def _moved_outputs(self) -> list[th.Tensor]:
+    def _outputs_now(self) -> list[th.Tensor]:
         with th.no_grad():
-            z = outputs(self._objective.forward(self._chunk).parts)
-        return [z[index] for index in self._moving]
+            z = outputs(self._objective.forward(self._chunk).components)
+        return [z[index] for index in self._variable]
 
 
-JVP = Callable[[th.Tensor], Sequence[th.Tensor]]
+class KLHessianProduct:
+    """
+    v ↦ ∇²D̄_KL v at θ_old, by differentiating the KL twice: exact for any distribution with a KL in torch.
+
+    The product is a difference of gradients of the KL if an operation has no second derivative.
+
+    :param objective: the model on the rollout
+    :param chunk: some of its states
+    :param old: π_old on them, detached
+    :param new: π_θ on them with its graph, θ = θ_old
+    """
+
+    def __init__(self, objective: RolloutObjective, chunk: RolloutBatch, old: ModelOutput, new: ModelOutput) -> None:
+        self._objective, self._chunk, self._old, self._new = objective, chunk, old, new
+        self._actor = objective.model.parameters
+        self._gradient: th.Tensor | None = None
+
+    def __call__(self, v: th.Tensor) -> th.Tensor:
+        """
+        Multiply.
+
+        :param v: flat vector, shape ``(n_parameters,)``
+        :return: ∇²D̄_KL v
+        """
+        if self._objective.is_twice_differentiable is not False:
+            try:
+                if self._gradient is None:
+                    self._gradient = self._kl_gradient(self._new, create_graph=True)
+                return flatten(th.autograd.grad(self._gradient.dot(v), self._actor, retain_graph=True, materialize_grads=True))
+            except RuntimeError as error:
+                warn_of_differences(derivative_error(error))
+            self._objective.is_twice_differentiable = False
+        length = difference_length(v, self._actor)
+        with shifted(self._actor, length * v):
+            ahead = self._kl_gradient(self._objective.forward(self._chunk))
+        with shifted(self._actor, -length * v):
+            behind = self._kl_gradient(self._objective.forward(self._chunk))
+        return (ahead - behind) / (2.0 * length)
+
+    def _kl_gradient(self, new: ModelOutput, create_graph: bool = False) -> th.Tensor:
+        kl = self._chunk.weights.dot(joint_kl(self._old.components, new.components))
+        return flatten(th.autograd.grad(kl, self._actor, create_graph=create_graph, materialize_grads=True))
 
 
 def reverse_jvp(z: Sequence[th.Tensor], actor: Sequence[th.Tensor]) -> JVP:
@@ -133,11 +295,11 @@ def reverse_jvp(z: Sequence[th.Tensor], actor: Sequence[th.Tensor]) -> JVP:
     return jvp
 
 
-def difference_jvp(outputs_at: Callable[[], Sequence[th.Tensor]], actor: Sequence[th.Tensor]) -> JVP:
+def difference_jvp(outputs_now: Callable[[], Sequence[th.Tensor]], actor: Sequence[th.Tensor]) -> JVP:
     """
     v ↦ J v by central differences.
 
-    :param outputs_at: outputs at the parameters' present values
+    :param outputs_now: outputs at the current parameters
     :param actor: the parameters θ
     :return: flat v ↦ one tangent for each output
     """
@@ -145,9 +307,9 @@ def difference_jvp(outputs_at: Callable[[], Sequence[th.Tensor]], actor: Sequenc
     def jvp(v: th.Tensor) -> Sequence[th.Tensor]:
         length = difference_length(v, actor)
         with shifted(actor, length * v):
-            ahead = outputs_at()
+            ahead = outputs_now()
         with shifted(actor, -length * v):
-            behind = outputs_at()
+            behind = outputs_now()
         return [(p - q) / (2.0 * length) for p, q in zip(ahead, behind, strict=True)]
 
     return jvp
@@ -155,23 +317,23 @@ def difference_jvp(outputs_at: Callable[[], Sequence[th.Tensor]], actor: Sequenc
 
 def difference_length(v: th.Tensor, actor: Sequence[th.Tensor]) -> th.Tensor:
     """
-    What to multiply a direction with for a central difference: rounding and curvature disturb it about equally.
+    Factor of a direction in a central difference that balances rounding and truncation errors.
 
     :param v: flat direction
     :param actor: the parameters θ
-    :return: ∛ε / ‖v‖ with ε that of the parameters' coarsest type
+    :return: 2∛ε / ‖v‖, with ε the machine epsilon of the coarsest parameter
     """
     eps = max(th.finfo(parameter.dtype).eps for parameter in actor)
     return 2.0 * eps ** (1 / 3) / v.norm().clamp(min=th.finfo(v.dtype).tiny)
 
 
-def once_differentiable(error: RuntimeError) -> str:
+def derivative_error(error: RuntimeError) -> str:
     """
-    What to say of an error in differentiating twice.
+    Describe an error in differentiating twice.
 
-    :param error: what torch has raised
+    :param error: error of torch
     :return: its first line
-    :raises RuntimeError: memory ran out, which is no matter of derivatives
+    :raises RuntimeError: the error, if memory ran out
     """
     if isinstance(error, th.cuda.OutOfMemoryError):
         raise error
@@ -180,7 +342,7 @@ def once_differentiable(error: RuntimeError) -> str:
 
 def warn_of_differences(reason: str) -> None:
     """
-    Say that Fisher products are not exact.
+    Warn that Fisher products are not exact.
 
     :param reason: what cannot be differentiated
     """
@@ -189,178 +351,3 @@ def warn_of_differences(reason: str) -> None:
         "products with its Fisher matrix are computed by finite differences",
         stacklevel=2,
     )
-
-
-def mlp_fisher_product(new: ModelOutput, weights: th.Tensor, actor: Sequence[th.Tensor], chain: MLP) -> LinearMap | None:
-    """
-    v ↦ E[Jᵀ M J v] for a chain of layers whose output is the distribution's location or logits.
-
-    The only other parameter may be the state-independent ``log_std`` of a Gaussian, whose Fisher block is 2I.
-
-    :param new: the policy on the states, with the calls of the chain's layers
-    :param weights: share of each state in the mean, shape ``(n_states,)``
-    :param actor: the parameters θ
-    :param chain: the layers
-    :return: the product, for flat vectors; None if θ is not the chain's parameters and ``log_std``
-    """
-    position = {id(parameter): i for i, parameter in enumerate(actor)}
-    in_chain = [position.get(id(parameter), -1) for parameter in chain.parameters]
-    rest = [i for i in range(len(actor)) if i not in in_chain]
-    is_gaussian = isinstance(new.parts[0], Normal)
-    has_log_std = is_gaussian and outputs(new.parts)[1].requires_grad
-    widths = [z.shape[1] for z in outputs(new.parts)][: 1 if is_gaussian else None]
-    rest_fits = [actor[i].shape for i in rest] == ([th.Size(widths)] if has_log_std else [])
-    if (
-        -1 in in_chain
-        or len(set(in_chain)) < len(in_chain)
-        or not rest_fits
-        or [call.layer for call in new.calls] != chain.layers
-        or any(call.output.dtype != actor[0].dtype for call in new.calls)  # autocast
-    ):
-        return None
-    jacobian = MLPJacobian(new.calls, chain.activations)
-    column = weights.unsqueeze(1)
-
-    def product(v: th.Tensor) -> th.Tensor:
-        tangents = unflatten(v, actor)
-        moved = jacobian.push([tangents[i] for i in in_chain]).split(widths, dim=1)
-        metric = fisher_metric(new.parts, [*moved, th.zeros_like(moved[0])] if is_gaussian else moved)
-        pulled = jacobian.pull(th.cat(metric[: len(widths)], dim=1) * column)
-        products = [2.0 * weights.sum() * tangent for tangent in tangents]
-        for i, part in zip(in_chain, pulled, strict=True):
-            products[i] = part
-        return flatten(products)
-
-    return product
-
-
-class KLHessianProduct:
-    """
-    v ↦ ∇²D̄_KL v at θ_old, by differentiating the KL twice: exact for any distribution with a KL in torch.
-
-    By differences of its gradient where it cannot be differentiated twice.
-
-    :param objective: the model on the rollout
-    :param chunk: some of its states
-    :param old: π_old on them, detached
-    :param new: π_θ on them with its graph, θ = θ_old
-    :param actor: the parameters θ
-    """
-
-    def __init__(
-        self,
-        objective: RolloutObjective,
-        chunk: RolloutBatch,
-        old: ModelOutput,
-        new: ModelOutput,
-        actor: Sequence[th.Tensor],
-    ) -> None:
-        self._objective, self._chunk, self._old, self._new, self._actor = objective, chunk, old, new, actor
-        self._gradient: th.Tensor | None = None
-
-    def __call__(self, v: th.Tensor) -> th.Tensor:
-        """
-        Multiply.
-
-        :param v: flat vector, shape ``(n_parameters,)``
-        :return: ∇²D̄_KL v
-        """
-        if self._objective.is_twice_differentiable is not False:
-            try:
-                if self._gradient is None:
-                    self._gradient = self._kl_gradient(self._new, create_graph=True)
-                return flatten(th.autograd.grad(self._gradient.dot(v), self._actor, retain_graph=True, materialize_grads=True))
-            except RuntimeError as error:
-                warn_of_differences(once_differentiable(error))
-            self._objective.is_twice_differentiable = False
-        length = difference_length(v, self._actor)
-        with shifted(self._actor, length * v):
-            ahead = self._kl_gradient(self._objective.forward(self._chunk))
-        with shifted(self._actor, -length * v):
-            behind = self._kl_gradient(self._objective.forward(self._chunk))
-        return (ahead - behind) / (2.0 * length)
-
-    def _kl_gradient(self, new: ModelOutput, create_graph: bool = False) -> th.Tensor:
-        kl = self._chunk.weights.dot(joint_kl(self._old.parts, new.parts))
-        return flatten(th.autograd.grad(kl, self._actor, create_graph=create_graph, materialize_grads=True))
-
-
-def fisher_product(
-    objective: RolloutObjective,
-    chunk: RolloutBatch,
-    old: ModelOutput,
-    new: ModelOutput,
-    actor: Sequence[th.Tensor],
-    mlp: MLP | None = None,
-) -> LinearMap:
-    """
-    v ↦ F v of some states, in the fastest way that the model allows.
-
-    :param objective: the model on the rollout
-    :param chunk: some of its states
-    :param old: π_old on them, detached
-    :param new: π_θ on them with its graph, θ = θ_old
-    :param actor: the parameters θ
-    :param mlp: the layers between observation and distribution, if they are a plain MLP
-    :return: the product, for flat vectors
-    """
-    fast = None if mlp is None else mlp_fisher_product(new, chunk.weights, actor, mlp)
-    if fast is not None:
-        return fast
-    if has_closed_form(new.parts):
-        return GGNProduct(objective, chunk, new, actor)
-    return KLHessianProduct(objective, chunk, old, new, actor)
-
-
-USUAL_DAMPING = 1e-4  # from here on, the size of F is not asked for
-
-
-class FisherOperator:
-    """
-    v ↦ (F + λI) v at θ_old.
-
-    A rollout that fits one chunk is linearised once for all products; a larger one anew, chunk by chunk, in each.
-
-    :param forwards: the model on the states over which F is the mean
-    :param actor: the parameters θ
-    :param damping: λ
-    :param chain: the layers between observation and distribution, if they are a chain; ``forwards`` records them
-    """
-
-    def __init__(
-        self, forwards: RolloutObjective, actor: Sequence[th.Tensor], damping: float, chain: MLP | None = None
-    ) -> None:
-        self.damping = damping
-        self._chain = chain
-        self._forwards = forwards
-        self._actor = actor
-        self._kept = list(self._products()) if forwards.is_one_graph else None
-
-    def keep_definite(self, v: th.Tensor) -> None:
-        """
-        Raise λ to what rounding errors of the products ask for; a usual λ is far above that, and is left alone.
-
-        Eigenvalues of F below ε of the largest are noise, which a λ near 0 would turn into enormous steps.
-
-        :param v: the gradient: its Rayleigh quotient tells the size of F
-        """
-        if self.damping < USUAL_DAMPING and bool(v.any()):
-            size = float(v.dot(self(v)) / v.dot(v)) - self.damping
-            if 0.0 < size < math.inf:
-                self.damping = max(self.damping, th.finfo(v.dtype).eps ** 0.5 * size)
-
-    def _products(self) -> Iterator[LinearMap]:
-        for chunk, old, new in self._forwards.graphs():
-            yield fisher_product(self._forwards, chunk, old, new, self._actor, self._chain)
-
-    def __call__(self, v: th.Tensor) -> th.Tensor:
-        """
-        Multiply.
-
-        :param v: flat vector, shape ``(n_parameters,)``
-        :return: (F + λI) v
-        """
-        total = th.zeros_like(v)
-        for product in self._kept or self._products():
-            total = total + product(v)
-        return self.damping * v + self._forwards.ranks.sum(total)

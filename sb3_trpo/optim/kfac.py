@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.optim.distributions import fisher_root, outputs
 from sb3_trpo.optim.fisher import GGNProduct
-from sb3_trpo.optim.layers import LayerCall
+from sb3_trpo.optim.mlp import LayerCall
 from sb3_trpo.optim.objective import ModelOutput, RolloutObjective
 from sb3_trpo.optim.parameters import flatten, unflatten
 
@@ -150,33 +150,29 @@ class KFACPreconditioner:
     One backward pass gives all factors: its cotangents are random signs times a root of the Fisher metric.
     Parameters outside the layers get the diagonal of their row sums in F, which is exact for a state-independent ``log_std``.
 
-    :param forwards: the model on the rollout, made with ``layers`` to record; its family has a closed-form metric
-    :param layers: the layers with Kronecker-factored blocks
-    :param actor: θ
+    :param objective: the model on the rollout; its family has a closed-form metric
     :param damping: λ
     """
 
-    def __init__(
-        self, forwards: RolloutObjective, layers: Sequence[nn.Module], actor: Sequence[nn.Parameter], damping: float
-    ) -> None:
-        self._actor = actor
+    def __init__(self, objective: RolloutObjective, damping: float) -> None:
+        self._actor = actor = objective.model.parameters
         index = {id(parameter): position for position, parameter in enumerate(actor)}
         sums: dict[nn.Module, Factors] = {}
         row_sums: th.Tensor | None = None
-        for chunk, _, new in forwards.graphs():
+        for chunk, _, new in objective.linearized():
             for layer, factors in _chunk_factors(chunk, new):
                 sums[layer] = Factors(*map(th.add, sums[layer], factors)) if layer in sums else factors
-            if row_sums is None:  # what the first chunk leaves without factors has the diagonal
+            if row_sums is None:  # parameters without factors in the first chunk have the diagonal
                 self._positions = {layer: [index[id(p)] for p in _parameters(layer)] for layer in sums}
                 factored = {position for positions in self._positions.values() for position in positions}
                 self._rest = [position for position in range(len(actor)) if position not in factored]
                 rest = [actor[position] for position in self._rest]
                 row_sums = flatten([actor[0].new_zeros(0), *(th.zeros_like(p, requires_grad=False) for p in rest)])
             if rest:
-                row_sums += GGNProduct(forwards, chunk, new, rest)(th.ones_like(row_sums))
+                row_sums += GGNProduct(objective, chunk, new, rest)(th.ones_like(row_sums))
         assert row_sums is not None, "a rollout has at least one chunk"
         factors_of = [sums[layer] for layer in self._positions]
-        row_sums, *means = forwards.ranks.sum_each([row_sums, *(factor for factors in factors_of for factor in factors)])
+        row_sums, *means = objective.ranks.sum_each([row_sums, *(factor for factors in factors_of for factor in factors)])
         pairs = zip(self._positions, means[::2], means[1::2], strict=True)
         self._inverses = [(layer, damped_inverses(Factors(A, G), damping)) for layer, A, G in pairs]
         self._diagonal = (row_sums.clamp(min=0.0) + max(damping, th.finfo(row_sums.dtype).eps)).reciprocal()
@@ -224,17 +220,17 @@ def random_signs(ids: th.Tensor, width: int) -> th.Tensor:
 def _chunk_factors(chunk: RolloutBatch, new: ModelOutput) -> Iterator[tuple[nn.Module, Factors]]:
     if not new.calls:
         return
-    z = outputs(new.parts)
+    z = outputs(new.components)
     widths = [tensor[0].numel() for tensor in z]
     # What comes after a state in its sequence, padding too, reaches the layers below a memory.
-    signs = random_signs(chunk.state_ids, sum(widths)) * chunk.is_real.unsqueeze(1)
+    signs = random_signs(chunk.state_ids, sum(widths)) * chunk.mask.unsqueeze(1)
     noise = [part.to(like.dtype).view_as(like) for part, like in zip(signs.split(widths, dim=1), z, strict=True)]
-    cotangents = fisher_root(new.parts, noise)
-    moving = [position for position, tensor in enumerate(z) if tensor.requires_grad]
+    cotangents = fisher_root(new.components, noise)
+    variable = [position for position, tensor in enumerate(z) if tensor.requires_grad]
     gradients = th.autograd.grad(
-        [z[position] for position in moving],
+        [z[position] for position in variable],
         [call.edge for call in new.calls],
-        [cotangents[position] for position in moving],
+        [cotangents[position] for position in variable],
         retain_graph=True,
         allow_unused=True,
     )

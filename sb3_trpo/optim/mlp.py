@@ -1,48 +1,58 @@
-"""The fast path for SB3's standard multilayer perceptrons: linear layers with element-wise activations between them.
+"""Recorded calls of layers, and the Jacobian of a multilayer perceptron by matrix products.
 
-For such a chain the products J v and Jᵀ u are a few matrix products on the numbers that the forward pass has left in the
-layers, without a differentiation graph. Everything here equals what autograd gives for the same network.
+In an MLP of linear layers and element-wise activations, J v and Jᵀu are a few matrix products of the inputs that a forward
+pass has recorded, without an autograd graph. The results equal those of autograd.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch as th
-from sb3_contrib.common.maskable.distributions import (
-    MaskableBernoulliDistribution,
-    MaskableCategoricalDistribution,
-    MaskableMultiCategoricalDistribution,
-)
-from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
-from stable_baselines3.common.distributions import (
-    BernoulliDistribution,
-    CategoricalDistribution,
-    DiagGaussianDistribution,
-    MultiCategoricalDistribution,
-)
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
-
-from sb3_trpo.actions import BoundedActionPolicy, TanhGaussianDistribution
-from sb3_trpo.adapters.plain import are_original, has_patched_methods, is_plain
-from sb3_trpo.optim.layers import LayerCall
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 ELEMENTWISE = (nn.Tanh, nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Sigmoid, nn.Softplus, nn.Identity)
 
 
-STATE_INDEPENDENT_NOISE = (
-    DiagGaussianDistribution,
-    TanhGaussianDistribution,
-    CategoricalDistribution,
-    MultiCategoricalDistribution,
-    BernoulliDistribution,
-    MaskableCategoricalDistribution,
-    MaskableMultiCategoricalDistribution,
-    MaskableBernoulliDistribution,
-)
+class LayerCall(NamedTuple):
+    """
+    One call of a layer.
 
-STANDARD_POLICIES = (ActorCriticPolicy, BoundedActionPolicy, MaskableActorCriticPolicy)
+    :param layer: the module
+    :param input: its input, of any batch shape, detached
+    :param output: its output
+    :param edge: edge of the graph at the output, unchanged by later in-place operations
+    """
+
+    layer: nn.Module
+    input: th.Tensor
+    output: th.Tensor
+    edge: GradientEdge
+
+
+@contextmanager
+def recorded_calls(layers: Sequence[nn.Module]) -> Iterator[list[LayerCall]]:
+    """
+    Record the differentiable calls of some layers while the context lasts.
+
+    :param layers: modules that take one tensor, ``input``, and return one
+    :return: context manager of the list of the calls, in order
+    """
+    calls: list[LayerCall] = []
+
+    def record(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: th.Tensor) -> None:
+        if output.requires_grad:
+            inputs = arguments[0] if arguments else keywords["input"]
+            calls.append(LayerCall(layer, inputs.detach(), output, get_gradient_edge(output)))
+
+    # Before the user's own hooks, which may change the output.
+    handles = [layer.register_forward_hook(record, prepend=True, with_kwargs=True) for layer in layers]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class MLP(NamedTuple):
@@ -62,79 +72,29 @@ class MLP(NamedTuple):
         return [parameter for layer in self.layers for parameter in (layer.weight, layer.bias)]
 
 
-def chain(modules: Sequence[nn.Module]) -> MLP | None:
+def as_mlp(modules: Sequence[nn.Module]) -> MLP | None:
     """
-    Read modules that are applied one after the other as a chain.
+    Return the layers if the modules form a plain MLP.
 
-    :param modules: modules in order
-    :return: the chain, or None if they are anything but alternating Linear layers and element-wise activations
+    :param modules: modules in order of application
+    :return: the MLP, or None unless Linear layers with biases and element-wise activations alternate
     """
     layers, activations = list(modules[0::2]), list(modules[1::2])
-    is_chain = (
+    is_mlp = (
         len(layers) == len(activations) + 1
         and all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
         and all(type(activation) in ELEMENTWISE for activation in activations)
         and not any(getattr(activation, "inplace", False) for activation in activations)
     )
-    return MLP(layers, activations) if is_chain else None  # type: ignore[arg-type]
-
-
-def _is_standard(policy: nn.Module, methods: Sequence[str], extractor: str, network: str) -> bool:
-    """Whether the policy feeds flat features to a part of an MlpExtractor as SB3's own class does, through these methods."""
-    return (
-        isinstance(policy, STANDARD_POLICIES)
-        and is_plain(policy)
-        and type(policy.mlp_extractor) is MlpExtractor
-        and type(getattr(policy.mlp_extractor, network)) is nn.Sequential
-        and _only_flattens(getattr(policy, extractor))
-        and all(
-            getattr(type(policy), method) in [getattr(standard, method) for standard in STANDARD_POLICIES]
-            for method in methods
-        )
-    )
-
-
-def _only_flattens(extractor: nn.Module) -> bool:
-    flatten = getattr(extractor, "flatten", None)
-    return (
-        type(extractor) is FlattenExtractor and type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
-    )
-
-
-def actor_mlp(policy: nn.Module) -> MLP | None:
-    """
-    The chain from the flat observation to the action distribution's main parameters.
-
-    :param policy: any policy
-    :return: the chain, or None if the policy is not SB3's standard MLP policy
-    """
-    methods = ["get_distribution", "extract_features", "_get_action_dist_from_latent"]
-    if not _is_standard(policy, methods, "pi_features_extractor", "policy_net"):
-        return None
-    family: type = type(policy.action_dist)  # a subclass may have other parameters
-    if family not in STATE_INDEPENDENT_NOISE or has_patched_methods(policy.action_dist) or not are_original(family):
-        return None
-    return chain([*policy.mlp_extractor.policy_net, policy.action_net])  # type: ignore[union-attr,misc,list-item]
-
-
-def critic_mlp(policy: nn.Module) -> MLP | None:
-    """
-    The chain from the flat observation to the value.
-
-    :param policy: any policy
-    :return: the chain, or None if the policy is not SB3's standard MLP policy
-    """
-    if not _is_standard(policy, ["predict_values", "extract_features"], "vf_features_extractor", "value_net"):
-        return None
-    return chain([*policy.mlp_extractor.value_net, policy.value_net])  # type: ignore[union-attr,misc,list-item]
+    return MLP(layers, activations) if is_mlp else None  # type: ignore[arg-type]
 
 
 class MLPJacobian:
     """
-    J of a chain's output with respect to its weights and biases, at a recorded forward pass.
+    Jacobian J of an MLP's output with respect to its weights and biases, at a recorded forward pass.
 
-    :param calls: calls of the chain's layers, in order
-    :param activations: the chain's activations
+    :param calls: calls of the layers, in order
+    :param activations: activations after each layer but the last
     """
 
     def __init__(self, calls: Sequence[LayerCall], activations: Sequence[nn.Module]) -> None:
@@ -145,7 +105,7 @@ class MLPJacobian:
             for activation, call, after in zip(activations, calls[:-1], self._inputs[1:], strict=True)
         ]
 
-    def push(self, tangents: Sequence[th.Tensor]) -> th.Tensor:
+    def jvp(self, tangents: Sequence[th.Tensor]) -> th.Tensor:
         """
         Multiply J with a vector.
 
@@ -162,7 +122,7 @@ class MLPJacobian:
         assert hidden is not None
         return hidden
 
-    def pull(self, cotangent: th.Tensor) -> list[th.Tensor]:
+    def vjp(self, cotangent: th.Tensor) -> list[th.Tensor]:
         """
         Multiply Jᵀ with a vector.
 

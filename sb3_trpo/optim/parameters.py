@@ -70,6 +70,16 @@ def shifted(parameters: Sequence[th.Tensor], step: th.Tensor) -> Iterator[None]:
             parameter.data = value
 
 
+def is_step(step: th.Tensor) -> bool:
+    """
+    Return True if a step is finite and nonzero.
+
+    :param step: change of θ, flat
+    :return: whether to take it
+    """
+    return bool(th.isfinite(step).all()) and bool(step.any())
+
+
 class Snapshot:
     """
     The values of some tensors at one moment, to be put back bit for bit.

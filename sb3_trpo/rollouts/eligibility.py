@@ -15,8 +15,9 @@ from torch import nn
 
 from sb3_trpo import actions
 from sb3_trpo.actions import BoundedActionPolicy
+from sb3_trpo.adapters.models import actor_mlp
 from sb3_trpo.adapters.plain import are_original, has_hooks, has_patched_methods, is_of_library, is_plain, remember
-from sb3_trpo.optim.mlp import MLP, actor_mlp
+from sb3_trpo.optim.mlp import MLP
 from sb3_trpo.rollouts.policy_state import PolicyState
 
 for library in (policies, torch_layers, distributions, maskable_distributions, actions):

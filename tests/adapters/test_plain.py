@@ -5,7 +5,7 @@ import torch as th
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from sb3_trpo.adapters.plain import is_plain
+from sb3_trpo.adapters.plain import are_original, is_plain
 
 
 def make_module() -> nn.Module:
@@ -99,6 +99,14 @@ def test_is_plain_whatever_the_default_type_and_device(monkeypatch):
             assert is_plain(module)
     finally:
         th.set_default_dtype(th.float32)
+
+
+def test_are_original_after_a_compilation(monkeypatch):
+    """`torch.compile` patches the constructor of every module, once for the whole process."""
+    monkeypatch.setattr(nn.Module, "__init__", lambda *args, **kwargs: None)
+    assert are_original(nn.Linear)
+    monkeypatch.setattr(nn.Module, "__call__", lambda *args, **kwargs: None)
+    assert not are_original(nn.Linear)
 
 
 def test_is_plain_after_something_else_was_compiled():

@@ -11,16 +11,17 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from support.models import policy_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from sb3_trpo.adapters.models import actor_parameters
 from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.optim.conjugate_gradient import CGStatus, conjugate_gradient
 from sb3_trpo.optim.fisher import FisherOperator
 from sb3_trpo.optim.kfac import Factors, KFACPreconditioner, damped_inverses, kfac_layers
 from sb3_trpo.optim.objective import Surrogate
 from sb3_trpo.optim.parameters import all_finite, flatten
-from sb3_trpo.policies import actor_parameters
 
 N_STATES, N_OBJECTS, N_FEATURES = 16, 6, 4
 VECTOR = spaces.Box(-np.inf, np.inf, (N_OBJECTS * 3,))
@@ -295,7 +296,7 @@ def build(extractor):
     batch = RolloutBatch(inputs, actions, th.randn(N_STATES), th.randn(N_STATES), weights)
     actor = actor_parameters(policy, policy.get_distribution, inputs[:1])
     layers = kfac_layers(policy, actor)
-    return policy, actor, layers, partial(Surrogate, policy.get_distribution, layers=layers), batch
+    return policy, actor, partial(Surrogate, policy_model(policy.get_distribution, actor, layers), batch)
 
 
 def exact_product(policy, actor, inputs, v):
@@ -313,10 +314,10 @@ def exact_product(policy, actor, inputs, v):
 @pytest.mark.parametrize("chunk_size", [None, 5])
 @pytest.mark.parametrize("extractor", EXTRACTORS)
 def test_fisher_product_of_any_module_is_that_of_single_backward_passes(extractor, chunk_size):
-    policy, actor, _, surrogate, batch = build(extractor)
+    policy, actor, surrogate = build(extractor)
     v = th.randn_like(flatten(actor)).detach()
-    product = FisherOperator(surrogate(batch.chunks(chunk_size)), actor, 0.0)(v)
-    expected = exact_product(policy, actor, batch.inputs, v)
+    product = FisherOperator(surrogate(chunk_size), 0.0)(v)
+    expected = exact_product(policy, actor, surrogate().batch.inputs, v)
     tolerance = 0.05 if extractor in LOW_PRECISION else 5e-3 if extractor in NOT_TWICE else 1e-4
     assert float((product - expected).norm()) < tolerance * float(expected.norm())
 
@@ -324,12 +325,12 @@ def test_fisher_product_of_any_module_is_that_of_single_backward_passes(extracto
 @pytest.mark.filterwarnings("ignore:the policy or value network cannot be differentiated twice")
 @pytest.mark.parametrize("extractor", EXTRACTORS)
 def test_preconditioner_of_any_module_is_positive_definite_and_helps(extractor):
-    _, actor, layers, surrogate, batch = build(extractor)
-    objective = surrogate(batch.chunks(None))
-    M = KFACPreconditioner(objective, layers, actor, 0.1)
+    _, actor, surrogate = build(extractor)
+    objective = surrogate()
+    M = KFACPreconditioner(objective, 0.1)
     matrix = th.stack([M(v) for v in th.eye(len(flatten(actor)))]).double()
     assert float(th.linalg.eigvalsh((matrix + matrix.T) / 2)[0]) > 0.0
-    solve = partial(conjugate_gradient, FisherOperator(objective, actor, 0.1), objective.gradient(actor), max_iter=30)
+    solve = partial(conjugate_gradient, FisherOperator(objective, 0.1), objective.gradient(), max_iter=30)
     tolerance = 0.05 if extractor in LOW_PRECISION else 1e-2
     preconditioned, plain = solve(M=M, rtol=tolerance), solve(rtol=1e-4)
     assert preconditioned.status is CGStatus.CONVERGED
@@ -346,8 +347,8 @@ FACTORED = {
 
 @pytest.mark.parametrize("extractor", FACTORED)
 def test_layer_that_does_not_fit_leaves_the_others_their_factors(extractor):
-    policy, actor, layers, surrogate, batch = build(extractor)
-    M = KFACPreconditioner(surrogate(batch.chunks(None)), layers, actor, 0.1)
+    policy, _, surrogate = build(extractor)
+    M = KFACPreconditioner(surrogate(), 0.1)
     names = {name: layer for name, layer in policy.named_modules() if layer in M._positions}
     prefix = "features_extractor."
     assert {name.removeprefix(prefix) for name in names} == FACTORED[extractor] | {"action_net"}
@@ -355,9 +356,9 @@ def test_layer_that_does_not_fit_leaves_the_others_their_factors(extractor):
 
 @pytest.mark.parametrize("extractor", NOT_TWICE)
 def test_operation_without_second_derivative_is_named_once(extractor):
-    _, actor, _, surrogate, batch = build(extractor)
-    objective = surrogate(batch.chunks(5))
-    fisher = FisherOperator(objective, actor, 0.0)
+    _, actor, surrogate = build(extractor)
+    objective = surrogate(5)
+    fisher = FisherOperator(objective, 0.0)
     v = th.randn_like(flatten(actor)).detach()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -369,26 +370,26 @@ def test_operation_without_second_derivative_is_named_once(extractor):
 
 @pytest.mark.parametrize("extractor", [HardSigmoid, BackwardInNumpy])
 def test_differences_leave_parameters_and_graphs_as_they_were(extractor):
-    policy, actor, _, surrogate, batch = build(extractor)
+    policy, actor, surrogate = build(extractor)
     before = copy.deepcopy(policy.state_dict())
-    objective = surrogate(batch.chunks(None))
+    objective = surrogate()
     with pytest.warns(UserWarning, match="cannot be differentiated twice"):
-        FisherOperator(objective, actor, 0.0)(th.ones_like(flatten(actor)))
-    objective.gradient(actor)
+        FisherOperator(objective, 0.0)(th.ones_like(flatten(actor)))
+    objective.gradient()
     assert all(th.equal(value, before[name]) for name, value in policy.state_dict().items())
 
 
 def test_features_in_one_factor_are_weighted_as_one_by_one():
     """Objects folded into the batch have the factors that the same objects have as positions of their states."""
-    _, actor, layers, surrogate, batch = build(ObjectsInTheBatch)
-    folded = KFACPreconditioner(surrogate(batch.chunks(None)), layers, actor, 0.1)
+    _, actor, surrogate = build(ObjectsInTheBatch)
+    folded = KFACPreconditioner(surrogate(), 0.1)
 
     class AsPositions(ObjectsInTheBatch):
         def features(self, objects):
             return self.rho(th.tanh(self.phi(objects)).mean(dim=1))
 
-    _, other_actor, other_layers, other, _ = build(AsPositions)
-    positions = KFACPreconditioner(other(batch.chunks(None)), other_layers, other_actor, 0.1)
+    _, _, other = build(AsPositions)
+    positions = KFACPreconditioner(other(), 0.1)
     v = th.randn_like(flatten(actor)).detach()
     th.testing.assert_close(folded(v), positions(v), atol=1e-6, rtol=1e-4)
 
@@ -419,17 +420,17 @@ def test_factor_that_no_shift_helps_gives_way_to_its_diagonal():
 
 @pytest.mark.parametrize("damping", [0.0, 1e-30])
 def test_damping_near_zero_is_raised_to_what_rounding_asks_for(damping):
-    _, actor, _, surrogate, batch = build(TwoLayers)
-    objective = surrogate(batch.chunks(None))
-    gradient = objective.gradient(actor)
-    fisher = FisherOperator(objective, actor, damping)
+    _, _actor, surrogate = build(TwoLayers)
+    objective = surrogate()
+    gradient = objective.gradient()
+    fisher = FisherOperator(objective, damping)
     size = float(gradient.dot(fisher(gradient)) / gradient.dot(gradient))
     fisher.keep_definite(gradient)
     assert fisher.damping == pytest.approx(math.sqrt(th.finfo(th.float32).eps) * size, rel=1e-3)
 
 
 def test_usual_damping_is_left_alone():
-    _, actor, _, surrogate, batch = build(TwoLayers)
-    fisher = FisherOperator(surrogate(batch.chunks(None)), actor, 1e-4)
+    _, actor, surrogate = build(TwoLayers)
+    fisher = FisherOperator(surrogate(), 1e-4)
     fisher.keep_definite(th.ones_like(flatten(actor)))
     assert fisher.damping == 1e-4

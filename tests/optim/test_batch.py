@@ -6,7 +6,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 
-from sb3_trpo.optim.batch import RolloutBatch, map_inputs, normalize_advantages, read_rollout
+from sb3_trpo.optim.batch import RolloutBatch, map_inputs, normalize_advantages
+from sb3_trpo.rollouts.buffers import read_rollout
 
 N_STEPS, N_ENVS = 3, 2
 N_STATES = N_STEPS * N_ENVS
@@ -175,7 +176,7 @@ def test_chunks_cover_the_rollout_in_order(max_size, sizes):
 def test_thinning_keeps_a_share_of_the_states_with_weights_that_add_up(factor, n_kept):
     weights = th.full((100,), 0.01, dtype=th.float64)
     random_state = th.get_rng_state()
-    rollout = make_rollout(th.arange(100.0), weights=weights).thin(factor)
+    rollout = make_rollout(th.arange(100.0), weights=weights).subsample(factor)
     kept = rollout.inputs["index"].tolist()
     assert len(set(kept)) == n_kept
     assert kept == sorted(kept)
@@ -187,13 +188,13 @@ def test_thinning_keeps_a_share_of_the_states_with_weights_that_add_up(factor, n
 
 def test_thinning_is_no_regular_stride():
     """With 4 environments, each 4th state would be of the same one."""
-    kept = make_rollout(th.arange(100.0)).thin(4).inputs["index"]
+    kept = make_rollout(th.arange(100.0)).subsample(4).inputs["index"]
     assert set((kept % 4).tolist()) == {0, 1, 2, 3}
 
 
 def test_thinning_keeps_the_proportions_of_weights():
     weights = th.arange(1.0, 11.0, dtype=th.float64) / 55
-    rollout = make_rollout(th.arange(10.0), weights=weights).thin(3)
+    rollout = make_rollout(th.arange(10.0), weights=weights).subsample(3)
     expected = weights[rollout.inputs["index"]]
     assert rollout.weights.tolist() == pytest.approx((expected / expected.sum()).tolist(), abs=1e-12)
 
@@ -258,7 +259,7 @@ def test_ratios_go_with_their_states():
     assert seen.select(slice(1, 4, 2)).ratios.tolist() == [1.5, 3.5]
     assert seen.sample(th.tensor([3, 0])).ratios.tolist() == [3.5, 0.5]
     assert th.cat([chunk.ratios for chunk in seen.chunks(2)]).tolist() == ratios.tolist()
-    assert seen.thin(2).ratios.tolist() == (seen.thin(2).inputs["index"] + 0.5).tolist()
+    assert seen.subsample(2).ratios.tolist() == (seen.subsample(2).inputs["index"] + 0.5).tolist()
     assert normalize_advantages(seen).ratios is ratios
 
 

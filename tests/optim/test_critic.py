@@ -5,13 +5,14 @@ from itertools import chain
 
 import pytest
 import torch as th
+from support.models import value_model
 from torch.nn import functional as F
 
+from sb3_trpo.adapters.models import critic_parameters
 from sb3_trpo.optim.critic import ValueRegression, fit_gauss_newton, fit_minibatches
 from sb3_trpo.optim.distributions import without_validation
 from sb3_trpo.optim.kfac import kfac_layers
 from sb3_trpo.optim.parameters import flatten
-from sb3_trpo.policies import critic_parameters
 
 NAN, INF = float("nan"), float("inf")
 
@@ -218,16 +219,9 @@ def test_no_gradients_are_left_behind(make_case, spoil):
 
 def fit_newton(case, *, values=None, critic=None, chunk_size=None, damping=0.1, n_steps=1, cg_max_steps=100):
     critic = critic_of(case) if critic is None else critic
+    model = value_model(case.values if values is None else values, critic, kfac_layers(case.policy, critic))
     return fit_gauss_newton(
-        case.values if values is None else values,
-        case.rollout.chunks(chunk_size),
-        critic=critic,
-        layers=kfac_layers(case.policy, critic),
-        chain=None,
-        damping=damping,
-        n_steps=n_steps,
-        cg_max_steps=cg_max_steps,
-        cg_residual_tol=1e-12,
+        model, case.rollout, chunk_size, damping=damping, n_steps=n_steps, max_iter=cg_max_steps, rtol=1e-12
     )
 
 
@@ -236,9 +230,9 @@ def test_regression_has_the_squared_error_and_half_its_downhill_slope(case):
     loss = F.mse_loss(case.values(case.rollout.inputs), case.rollout.returns)
     downhill = -0.5 * flatten(th.autograd.grad(loss, critic))
     for chunk_size in (None, 5):
-        regression = ValueRegression(case.values, case.rollout.chunks(chunk_size), [])
+        regression = ValueRegression(value_model(case.values, critic), case.rollout, chunk_size)
         assert regression.loss == pytest.approx(loss.item(), rel=1e-12)
-        th.testing.assert_close(regression.gradient(critic), downhill, atol=1e-12, rtol=0.0)
+        th.testing.assert_close(regression.gradient(), downhill, atol=1e-12, rtol=0.0)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 5])

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch as th
+from support.models import value_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,7 +14,7 @@ from sb3_trpo.optim.batch import RolloutBatch, map_inputs
 from sb3_trpo.optim.critic import ValueRegression, fit_gauss_newton
 from sb3_trpo.optim.distributions import without_validation
 from sb3_trpo.optim.kfac import kfac_layers
-from sb3_trpo.optim.mlp import chain
+from sb3_trpo.optim.mlp import as_mlp
 from sb3_trpo.optim.parameters import Snapshot, flatten
 
 NAN, INF = math.nan, math.inf
@@ -64,17 +65,9 @@ def error(net, data):
 
 def fit(net, data, *, fast=True, values=None, critic=None, damping=0.1, n_steps=1, cg_max_steps=200, tol=1e-12, chunk=None):
     critic = list(net.parameters()) if critic is None else critic
-    return fit_gauss_newton(
-        values_of(net) if values is None else values,
-        data.chunks(chunk),
-        critic=critic,
-        layers=kfac_layers(net, critic),
-        chain=chain(list(net)) if fast and isinstance(net, nn.Sequential) else None,
-        damping=damping,
-        n_steps=n_steps,
-        cg_max_steps=cg_max_steps,
-        cg_residual_tol=tol,
-    )
+    mlp = as_mlp(list(net)) if fast and isinstance(net, nn.Sequential) else None
+    model = value_model(values_of(net) if values is None else values, critic, kfac_layers(net, critic), mlp)
+    return fit_gauss_newton(model, data, chunk, damping=damping, n_steps=n_steps, max_iter=cg_max_steps, rtol=tol)
 
 
 def ridge(net, data, damping):
@@ -345,19 +338,19 @@ def test_gradient_and_loss_are_autograds(chunk):
     critic = list(net.parameters())
     loss = F.mse_loss(values_of(net)(data.inputs), data.returns)
     downhill = -0.5 * flatten(th.autograd.grad(loss, critic))
-    regression = ValueRegression(values_of(net), data.chunks(chunk), [])
+    regression = ValueRegression(value_model(values_of(net), critic), data, chunk)
     assert regression.loss == pytest.approx(loss.item(), rel=1e-12)
-    th.testing.assert_close(regression.gradient(critic), downhill, atol=1e-14, rtol=1e-12)
+    th.testing.assert_close(regression.gradient(), downhill, atol=1e-14, rtol=1e-12)
 
 
 def test_regression_stays_at_its_parameters_and_anew_is_at_the_present_ones():
     net, data = network(6, 5), rollout()
-    regression = ValueRegression(values_of(net), data.chunks(None), [])
+    regression = ValueRegression(value_model(values_of(net), list(net.parameters())), data)
     old = regression.loss
     with th.no_grad():
         net[0].weight.add_(1.0)
     assert regression.loss == old
-    assert regression.anew().loss == pytest.approx(error(net, data))
+    assert regression.relinearize().loss == pytest.approx(error(net, data))
 
 
 def test_dictionaries_of_observations():

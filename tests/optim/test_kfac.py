@@ -22,9 +22,8 @@ from sb3_trpo.optim.kfac import (
     kfac_layers,
     random_signs,
 )
-from sb3_trpo.optim.layers import LayerCall, recorded_calls
-from sb3_trpo.optim.mlp import chain
-from sb3_trpo.optim.objective import ModelOutput, RolloutObjective, Surrogate
+from sb3_trpo.optim.mlp import LayerCall, as_mlp, recorded_calls
+from sb3_trpo.optim.objective import Model, ModelOutput, RolloutObjective
 from sb3_trpo.optim.parameters import all_finite, flatten
 
 DOUBLE = th.float64
@@ -38,11 +37,12 @@ def dense(matrix_product, n, dtype=DOUBLE):
     return th.stack([matrix_product(v) for v in th.eye(n, dtype=dtype)], dim=1)
 
 
-def forwards(net, family, inputs, *, layers=None, chunk_size=None):
+def forwards(net, family, inputs, *, actor=None, layers=None, mlp=None, chunk_size=None):
     """Forward passes of a network whose output parametrises a distribution; no SB3 in it."""
     zeros = th.zeros(len(inputs), dtype=inputs.dtype)
     weights = th.full_like(zeros, 1.0 / len(inputs))
-    layers = kfac_layers(net, list(net.parameters())) if layers is None else layers
+    actor = list(net.parameters()) if actor is None else actor
+    layers = kfac_layers(net, actor) if layers is None else layers
 
     def forward(rollout, recorded):
         with recorded_calls(recorded) as calls:
@@ -50,14 +50,12 @@ def forwards(net, family, inputs, *, layers=None, chunk_size=None):
         none = th.zeros_like(rollout.weights)
         return ModelOutput(parts, none, none, calls)
 
-    return RolloutObjective(forward, RolloutBatch(inputs, zeros, zeros, zeros, weights).chunks(chunk_size), layers)
+    batch = RolloutBatch(inputs, zeros, zeros, zeros, weights)
+    return RolloutObjective(Model(forward, actor, layers, mlp), batch, chunk_size)
 
 
 def precondition(net, family, inputs, damping, *, actor=None, chunk_size=None):
-    actor = list(net.parameters()) if actor is None else actor
-    layers = kfac_layers(net, actor)
-    model = forwards(net, family, inputs, layers=layers, chunk_size=chunk_size)
-    return KFACPreconditioner(model, layers, actor, damping)
+    return KFACPreconditioner(forwards(net, family, inputs, actor=actor, chunk_size=chunk_size), damping)
 
 
 def gaussian(output, std=1.0):
@@ -319,7 +317,7 @@ def test_factor_G_of_the_last_layer_is_the_mean_metric(name):
     """E[B ε εᵀ Bᵀ] = M, whatever the family."""
     net, x = mlp(2, 3), batch(20_000, 2)
     layers = [net[0]]
-    (parts,) = [new.parts for _, _, new in forwards(net, FAMILIES[name], x).graphs()]
+    (parts,) = [new.components for _, _, new in forwards(net, FAMILIES[name], x).linearized()]
     M = precondition(net, FAMILIES[name], x, damping=1e-10)
     G = th.linalg.inv(M._inverses[0][1].G)
     if name == "normal":
@@ -567,12 +565,11 @@ def test_fewer_iterations_to_nearly_all_of_the_gain(damping, times):
     """bᵀx − ½xᵀ(F + λI)x as a share of its maximum."""
     policy, x, target = realistic()
     actor = list(policy.parameters())
-    layers = kfac_layers(policy, actor)
-    model = forwards(policy, policy.family, x, layers=layers)
-    fisher = FisherOperator(model, actor, damping, chain(list(policy.net)))
+    model = forwards(policy, policy.family, x, mlp=as_mlp(list(policy.net)))
+    fisher = FisherOperator(model, damping)
     log_prob = policy.family(policy(x))[0].log_prob(target).sum(dim=1)
     b = flatten(th.autograd.grad(log_prob.mean(), actor))
-    M = KFACPreconditioner(model, layers, actor, damping)
+    M = KFACPreconditioner(model, damping)
     best = conjugate_gradient(fisher, b, max_iter=1000, rtol=1e-10, M=M)
     assert best.status is CGStatus.CONVERGED
 
@@ -588,26 +585,24 @@ def test_fewer_iterations_to_nearly_all_of_the_gain(damping, times):
 
 def test_any_policy_of_sb3s(case):
     layers = kfac_layers(case.policy, case.actor)
-    surrogate = Surrogate(case.distribution, case.rollout.chunks(None), layers)
-    M = KFACPreconditioner(surrogate, layers, case.actor, 0.1)
+    M = KFACPreconditioner(case.surrogate(layers=layers), 0.1)
     matrix = dense(M, len(flatten(case.actor)))
     assert_same(matrix, matrix.T, 1e-10)
     assert th.linalg.eigvalsh(matrix)[0] > 0.0
-    chunked = KFACPreconditioner(Surrogate(case.distribution, case.rollout.chunks(5), layers), layers, case.actor, 0.1)
+    chunked = KFACPreconditioner(case.surrogate(5, layers=layers), 0.1)
     assert_same(dense(chunked, len(matrix)), matrix, 1e-9)
 
 
 def test_it_changes_the_way_and_not_the_solution(case):
-    layers = kfac_layers(case.policy, case.actor)
-    surrogate = Surrogate(case.distribution, case.rollout.chunks(None), layers)
-    fisher, b = FisherOperator(surrogate, case.actor, 0.1), surrogate.gradient(case.actor)
-    M = KFACPreconditioner(surrogate, layers, case.actor, 0.1)
+    surrogate = case.surrogate(layers=kfac_layers(case.policy, case.actor))
+    fisher, b = FisherOperator(surrogate, 0.1), surrogate.gradient()
+    M = KFACPreconditioner(surrogate, 0.1)
     plain, preconditioned = (conjugate_gradient(fisher, b, max_iter=500, rtol=1e-12, M=m).x for m in (None, M))
     assert_same(preconditioned, plain, 1e-8)
 
 
 def test_without_recorded_layers_every_parameter_gets_the_diagonal(case):
-    M = KFACPreconditioner(case.surrogate(), [], case.actor, 0.1)
+    M = KFACPreconditioner(case.surrogate(), 0.1)
     matrix = dense(M, len(flatten(case.actor)))
     assert_same(matrix, th.diag(matrix.diagonal()))
     row_sums = case.mean_kl_hessian().sum(dim=1)

@@ -2,7 +2,7 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_trpo.optim.layers import recorded_calls
+from sb3_trpo.optim.mlp import recorded_calls
 
 
 def network():

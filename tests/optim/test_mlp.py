@@ -14,17 +14,17 @@ from stable_baselines3.common.policies import (
     MultiInputActorCriticPolicy,
 )
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from support.models import policy_model
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Normal
 
+from sb3_trpo.adapters.models import actor_mlp, actor_parameters, critic_mlp, critic_parameters
 from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.optim.fisher import FisherOperator, GGNProduct, mlp_fisher_product
 from sb3_trpo.optim.kfac import kfac_layers
-from sb3_trpo.optim.layers import recorded_calls
-from sb3_trpo.optim.mlp import ELEMENTWISE, MLP, MLPJacobian, actor_mlp, chain, critic_mlp
-from sb3_trpo.optim.objective import ModelOutput, Surrogate
+from sb3_trpo.optim.mlp import ELEMENTWISE, MLP, MLPJacobian, as_mlp, recorded_calls
+from sb3_trpo.optim.objective import Model, ModelOutput, Surrogate
 from sb3_trpo.optim.parameters import flatten, unflatten
-from sb3_trpo.policies import actor_parameters, critic_parameters
 
 N_STATES, N_INPUTS = 7, 3
 VECTOR = spaces.Box(-np.inf, np.inf, (N_INPUTS,))
@@ -42,7 +42,7 @@ def network(hidden, n_outputs, activation=nn.Tanh):
 
 def recorded(net):
     """The network's chain, a batch, and the calls and output of a forward pass."""
-    layers = chain(list(net))
+    layers = as_mlp(list(net))
     x = th.randn(N_STATES, N_INPUTS, dtype=th.float64)
     with recorded_calls(layers.layers) as calls:
         output = net(x)
@@ -70,7 +70,7 @@ def test_push_is_the_jacobian_vector_product(hidden, activation):
     layers, x, calls, _ = recorded(net)
     tangents = tuple(th.randn_like(parameter) for parameter in constants(net))
     _, expected = th.func.jvp(as_function(net, x), constants(net), tangents)
-    assert_same(MLPJacobian(calls, layers.activations).push(tangents), expected)
+    assert_same(MLPJacobian(calls, layers.activations).jvp(tangents), expected)
 
 
 @pytest.mark.parametrize("hidden", HIDDEN.values(), ids=HIDDEN)
@@ -80,7 +80,7 @@ def test_pull_is_the_vector_jacobian_product(hidden, activation):
     layers, x, calls, _ = recorded(net)
     cotangent = th.randn(N_STATES, 2, dtype=th.float64)
     _, pull = th.func.vjp(as_function(net, x), *constants(net))
-    pulled = MLPJacobian(calls, layers.activations).pull(cotangent)
+    pulled = MLPJacobian(calls, layers.activations).vjp(cotangent)
     assert len(pulled) == len(constants(net))
     for actual, expected in zip(pulled, pull(cotangent), strict=True):
         assert_same(actual, expected)
@@ -94,8 +94,8 @@ def test_push_and_pull_change_neither_their_arguments_nor_what_is_recorded(activ
     tangents = [th.randn_like(parameter) for parameter in constants(net)]
     cotangent = th.randn(N_STATES, 2, dtype=th.float64)
     kept = [tensor.detach().clone() for tensor in (*tangents, cotangent, output, *[call.input for call in calls])]
-    first = (jacobian.push(tangents), jacobian.pull(cotangent))
-    second = (jacobian.push(tangents), jacobian.pull(cotangent))
+    first = (jacobian.jvp(tangents), jacobian.vjp(cotangent))
+    second = (jacobian.jvp(tangents), jacobian.vjp(cotangent))
     assert th.equal(first[0], second[0])
     assert all(th.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
     now = (*tangents, cotangent, output, *[call.input for call in calls])
@@ -135,10 +135,13 @@ FAMILIES = {
 
 def ggn_product(parts, weights, actor):
     """The general path, with nothing around it."""
-    objective, chunk, new = (
-        SimpleNamespace(**kwargs) for kwargs in ({"is_twice_differentiable": None}, {"weights": weights}, {"parts": parts})
-    )
-    return GGNProduct(objective, chunk, new, actor)
+    objective = SimpleNamespace(is_twice_differentiable=None, model=SimpleNamespace(parameters=actor))
+    return GGNProduct(objective, SimpleNamespace(weights=weights), SimpleNamespace(components=parts))
+
+
+def fast_product(parts, calls, weights, actor, mlp):
+    """The fast path, likewise; None if it does not serve."""
+    return mlp_fisher_product(Model(None, actor, mlp=mlp), ModelOutput(parts, weights, weights, calls), weights)
 
 
 def dense_metric(parts, state):
@@ -174,8 +177,7 @@ def test_products_are_the_dense_matrix(family, hidden, activation):
         expected = th.block_diag(expected, 2.0 * weights.sum() * th.eye(2, dtype=th.float64))
 
     actor = [*net.parameters(), *rest]
-    zeros = th.zeros(N_STATES, dtype=th.float64)
-    fast = mlp_fisher_product(ModelOutput(parts, zeros, zeros, calls), weights, actor, layers)
+    fast = fast_product(parts, calls, weights, actor, layers)
     assert fast is not None
     for product in (fast, ggn_product(parts, weights, actor)):
         matrix = th.stack([product(v) for v in th.eye(len(expected), dtype=th.float64)], dim=1)
@@ -187,11 +189,10 @@ def test_order_of_the_parameters_is_the_actors():
     net = network([4], 2)
     layers, _, calls, output = recorded(net)
     parts, rest = normal(output)
-    zeros = th.zeros(N_STATES, dtype=th.float64)
     weights = th.rand(N_STATES, dtype=th.float64)
     for actor in ([*rest, *net.parameters()], [*reversed(list(net.parameters())), *rest]):
         v = th.randn_like(flatten(actor)).detach()
-        fast = mlp_fisher_product(ModelOutput(parts, zeros, zeros, calls), weights, actor, layers)
+        fast = fast_product(parts, calls, weights, actor, layers)
         assert_same(fast(v), ggn_product(parts, weights, actor)(v))
 
 
@@ -199,22 +200,22 @@ def test_products_leave_no_graph_and_no_gradients():
     net = network([4], 2)
     layers, _, calls, _ = recorded(net)
     jacobian = MLPJacobian(calls, layers.activations)
-    assert not jacobian.push(constants(net)).requires_grad
-    assert not any(part.requires_grad for part in jacobian.pull(th.ones(N_STATES, 2, dtype=th.float64)))
+    assert not jacobian.jvp(constants(net)).requires_grad
+    assert not any(part.requires_grad for part in jacobian.vjp(th.ones(N_STATES, 2, dtype=th.float64)))
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
 def test_chain_of_alternating_modules(activation):
     net = network([5, 4], 2, activation)
-    read = chain(list(net))
+    read = as_mlp(list(net))
     assert read == MLP([net[0], net[2], net[4]], [net[1], net[3]])
     assert all(p is q for p, q in zip(read.parameters, net.parameters(), strict=True))
 
 
 def test_one_layer_is_a_chain():
     layer = nn.Linear(3, 2)
-    assert chain([layer]) == MLP([layer], [])
+    assert as_mlp([layer]) == MLP([layer], [])
 
 
 class OwnLinear(nn.Linear):
@@ -249,7 +250,7 @@ NOT_CHAINS = {
 
 @pytest.mark.parametrize("modules", NOT_CHAINS.values(), ids=NOT_CHAINS)
 def test_anything_else_is_no_chain(modules):
-    assert chain(modules) is None
+    assert as_mlp(modules) is None
 
 
 ACTION_SPACES = {
@@ -293,12 +294,14 @@ def test_chains_of_real_policies_multiply_as_the_general_path(observation_space,
         actions = policy.get_distribution(inputs).sample()
     rollout = RolloutBatch(inputs, actions, th.randn(9), th.randn(9), th.full((9,), 1 / 9))
     actor = actor_parameters(policy, policy.get_distribution, inputs)
-    surrogate = Surrogate(policy.get_distribution, rollout.chunks(None), kfac_layers(policy, actor))
-    ((chunk, _, new),) = surrogate.graphs()
-    assert mlp_fisher_product(new, chunk.weights, actor, actor_mlp(policy)) is not None
+    surrogate, general = (
+        Surrogate(policy_model(policy.get_distribution, actor, kfac_layers(policy, actor), mlp), rollout)
+        for mlp in (actor_mlp(policy), None)
+    )
+    ((chunk, _, new),) = surrogate.linearized()
+    assert mlp_fisher_product(surrogate.model, new, chunk.weights) is not None
     v = th.randn_like(flatten(actor)).detach()
-    fast = FisherOperator(surrogate, actor, 0.1, actor_mlp(policy))(v)
-    th.testing.assert_close(fast, FisherOperator(surrogate, actor, 0.1)(v), atol=1e-5, rtol=1e-4)
+    th.testing.assert_close(FisherOperator(surrogate, 0.1)(v), FisherOperator(general, 0.1)(v), atol=1e-5, rtol=1e-4)
 
     critic = critic_parameters(policy, lambda i: policy.predict_values(i).flatten(), inputs, actor)
     assert {id(p) for p in critic_mlp(policy).parameters} == {id(p) for p in critic}
@@ -397,7 +400,7 @@ def test_frozen_parameters_take_the_general_path():
     parts, rest = normal(output)
     actor = [p for p in [*net.parameters(), *rest] if p.requires_grad]
     zeros = th.zeros(N_STATES, dtype=th.float64)
-    assert mlp_fisher_product(ModelOutput(parts, zeros, zeros, calls), zeros + 1.0, actor, layers) is None
+    assert fast_product(parts, calls, zeros + 1.0, actor, layers) is None
 
 
 @pytest.mark.parametrize("tie", ["weights", "layers"])
@@ -408,14 +411,14 @@ def test_tied_weights_are_multiplied_right(tie):
         net[4].weight = net[2].weight
     else:
         net[4] = net[2]
-    layers, x = chain(list(net)), th.randn(N_STATES, N_INPUTS, dtype=th.float64)
+    layers, x = as_mlp(list(net)), th.randn(N_STATES, N_INPUTS, dtype=th.float64)
     distinct = list(dict.fromkeys(layers.layers))
     with recorded_calls(distinct) as calls:
         output = net(x)
     parts, _ = normal_of_fixed_width(output)
     zeros = th.zeros(N_STATES, dtype=th.float64)
     actor = list(net.parameters())
-    fast = mlp_fisher_product(ModelOutput(parts, zeros, zeros, calls), zeros + 1.0, actor, layers)
+    fast = fast_product(parts, calls, zeros + 1.0, actor, layers)
     v = th.randn_like(flatten(actor)).detach()
     assert fast is None or th.allclose(fast(v), ggn_product(parts, zeros + 1.0, actor)(v))
 
@@ -428,6 +431,6 @@ def test_views_of_the_vector_are_not_written_to():
     zeros = th.zeros(N_STATES, dtype=th.float64)
     v = th.randn_like(flatten(actor)).detach()
     kept = v.clone()
-    mlp_fisher_product(ModelOutput(parts, zeros, zeros, calls), zeros + 1.0, actor, layers)(v)
+    fast_product(parts, calls, zeros + 1.0, actor, layers)(v)
     assert th.equal(v, kept)
     assert th.equal(flatten(unflatten(v, actor)), kept)

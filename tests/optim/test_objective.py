@@ -5,6 +5,7 @@ import pytest
 import torch as th
 from scipy import stats
 from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
+from support.models import policy_model
 from torch import nn
 
 from sb3_trpo.optim.batch import RolloutBatch
@@ -46,7 +47,8 @@ def by_hand():
         weights=th.tensor([0.25, 0.75], dtype=th.float64),
     )
     distribution = CategoricalDistribution(2)
-    return logits, Surrogate(lambda states: distribution.proba_distribution(logits[states]), rollout.chunks(None))
+    model = policy_model(lambda states: distribution.proba_distribution(logits[states]), [logits])
+    return logits, Surrogate(model, rollout)
 
 
 def test_values_by_hand(by_hand):
@@ -60,9 +62,9 @@ def test_values_by_hand(by_hand):
 
 
 def test_gradient_and_start_by_hand(by_hand):
-    logits, surrogate = by_hand
+    _logits, surrogate = by_hand
     # ∂ log softmax / ∂ logits = (1, 0) − p, times the weight and the advantage
-    assert surrogate.gradient([logits]).tolist() == pytest.approx([0.25, -0.25, 0.375, -0.375])
+    assert surrogate.gradient().tolist() == pytest.approx([0.25, -0.25, 0.375, -0.375])
     assert surrogate.start() == pytest.approx((0.25 * 2.0 + 0.75 * -1.0, 0.0))
     assert surrogate.entropy == pytest.approx(np.log(2.0))
 
@@ -108,7 +110,7 @@ def test_gradient_is_the_slope_of_the_objective(case):
     weigh_unevenly(case)
     case.differentiate_everything()
     surrogate = case.surrogate()
-    gradient = surrogate.gradient(case.actor)
+    gradient = surrogate.gradient()
     theta, eps = flatten(case.actor).detach(), 1e-6
     slopes = []
     for direction in th.eye(len(theta), dtype=th.float64):
@@ -124,7 +126,7 @@ def test_gradient_is_the_slope_of_the_objective(case):
 def test_gradient_is_the_policy_gradient(user_case):
     log_prob = user_case.distribution(user_case.rollout.inputs).log_prob(user_case.rollout.actions)
     expected = flatten(th.autograd.grad((log_prob * user_case.rollout.advantages).mean(), user_case.actor))
-    th.testing.assert_close(user_case.surrogate().gradient(user_case.actor), expected, **EXACT)
+    th.testing.assert_close(user_case.surrogate().gradient(), expected, **EXACT)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 100])
@@ -132,7 +134,7 @@ def test_chunks_add_up(case, chunk_size):
     weigh_unevenly(case)
     whole, chunked = case.surrogate(), case.surrogate(chunk_size)
     assert chunked.is_one_graph == (chunk_size == 100)
-    th.testing.assert_close(chunked.gradient(case.actor), whole.gradient(case.actor), **EXACT)
+    th.testing.assert_close(chunked.gradient(), whole.gradient(), **EXACT)
     assert chunked.start() == pytest.approx(whole.start(), abs=1e-12)
     assert chunked.entropy == pytest.approx(whole.entropy, abs=1e-12)
     move(case)
@@ -162,20 +164,21 @@ def test_single_graph_is_built_once(make_case, name, n_passes):
         calls.append(len(inputs))
         return case.distribution(inputs)
 
-    surrogate = Surrogate(counted, case.rollout.chunks(None))
-    surrogate.gradient(case.actor)
-    surrogate.gradient(case.actor)
+    model = policy_model(counted, case.actor)
+    surrogate = Surrogate(model, case.rollout)
+    surrogate.gradient()
+    surrogate.gradient()
     assert calls == [12] * n_passes  # a family of unknown parameters is evaluated anew for π_old
-    chunked = Surrogate(counted, case.rollout.chunks(5))
+    chunked = Surrogate(model, case.rollout, 5)
     calls.clear()
-    chunked.gradient(case.actor)
-    chunked.gradient(case.actor)
+    chunked.gradient()
+    chunked.gradient()
     assert calls == [5, 5, 2, 5, 5, 2]
 
 
 def test_no_gradients_are_left_behind(case):
     surrogate = case.surrogate()
-    gradient = surrogate.gradient(case.actor)
+    gradient = surrogate.gradient()
     surrogate.evaluate()
     assert not gradient.requires_grad
     assert all(p.grad is None for p in case.policy.parameters())
@@ -184,21 +187,21 @@ def test_no_gradients_are_left_behind(case):
 def test_parameter_that_the_objective_does_not_reach_has_slope_zero(make_case):
     case = make_case("box")
     idle = nn.Parameter(th.ones(2, dtype=th.float64))
-    assert case.surrogate().gradient([idle, *case.actor])[:2].tolist() == [0.0, 0.0]
+    assert case.surrogate(actor=[idle, *case.actor]).gradient()[:2].tolist() == [0.0, 0.0]
 
 
 def test_old_policy_is_cut_off_from_the_graph(case):
-    ((_, old, new),) = case.surrogate().graphs()
+    ((_, old, new),) = case.surrogate().linearized()
     assert new.log_prob.requires_grad
     entropies = [] if old.entropy is None else [old.entropy]
-    assert not any(tensor.requires_grad for tensor in (*outputs(old.parts), old.log_prob, *entropies))
+    assert not any(tensor.requires_grad for tensor in (*outputs(old.components), old.log_prob, *entropies))
 
 
 @pytest.mark.parametrize("chunk_size", [None, 5])
 def test_calls_of_layers_are_recorded_with_the_graph(make_case, chunk_size):
     case = make_case("box")
     layer = case.policy.action_net
-    for chunk, _, new in Surrogate(case.distribution, case.rollout.chunks(chunk_size), [layer]).graphs():
+    for chunk, _, new in case.surrogate(chunk_size, layers=[layer]).linearized():
         (call,) = new.calls
         assert call.layer is layer
         th.testing.assert_close(layer(call.input), call.output)
@@ -237,7 +240,7 @@ C = 0.7
 
 
 def with_entropy(case, chunk_size=None, rollout=None):
-    return Surrogate(case.distribution, (case.rollout if rollout is None else rollout).chunks(chunk_size), ent_coef=C)
+    return case.surrogate(chunk_size, rollout=rollout, ent_coef=C)
 
 
 def objective_by_hand(case, old_log_prob, ratios=None):
@@ -258,8 +261,8 @@ def test_gradient_and_objective_with_an_entropy_bonus(case, chunk_size):
     surrogate = with_entropy(case, chunk_size)
     old_log_prob, _ = evaluate_actions(case)
     expected = flatten(th.autograd.grad(objective_by_hand(case, old_log_prob), case.actor))
-    th.testing.assert_close(surrogate.gradient(case.actor), expected, atol=1e-12, rtol=1e-10)
-    assert (expected - case.surrogate().gradient(case.actor)).norm() > 1e-2 * expected.norm()
+    th.testing.assert_close(surrogate.gradient(), expected, atol=1e-12, rtol=1e-10)
+    assert (expected - case.surrogate().gradient()).norm() > 1e-2 * expected.norm()
     start = surrogate.start()
     assert start.objective == pytest.approx(objective_by_hand(case, old_log_prob).item(), rel=1e-12)
     assert start.objective == pytest.approx(case.surrogate().start().objective + C * surrogate.entropy, rel=1e-12)
@@ -273,7 +276,7 @@ def test_gradient_and_objective_with_an_entropy_bonus_of_users_own(user_case):
     surrogate = with_entropy(user_case)
     old_log_prob, _ = evaluate_actions(user_case)
     expected = flatten(th.autograd.grad(objective_by_hand(user_case, old_log_prob), user_case.actor))
-    th.testing.assert_close(surrogate.gradient(user_case.actor), expected, atol=1e-12, rtol=1e-10)
+    th.testing.assert_close(surrogate.gradient(), expected, atol=1e-12, rtol=1e-10)
     move(user_case)
     assert surrogate.evaluate().objective == pytest.approx(objective_by_hand(user_case, old_log_prob).item(), rel=1e-10)
 
@@ -293,8 +296,8 @@ def test_estimated_bonus_is_the_gradient_of_the_entropy_in_the_mean():
 
     zeros = th.zeros(n, dtype=th.float64)
     rollout = RolloutBatch(noise, noise, zeros, zeros, th.full((n,), 1.0 / n, dtype=th.float64))
-    surrogate = Surrogate(policy, rollout.chunks(None), ent_coef=1.0)
-    assert surrogate.gradient([rate]).item() == pytest.approx(1.0, abs=0.05)
+    surrogate = Surrogate(policy_model(policy, [rate]), rollout, ent_coef=1.0)
+    assert surrogate.gradient().item() == pytest.approx(1.0, abs=0.05)
     with th.no_grad():
         rate += 0.1
     assert surrogate.evaluate().objective - surrogate.start().objective == pytest.approx(0.1, abs=0.01)
@@ -303,8 +306,8 @@ def test_estimated_bonus_is_the_gradient_of_the_entropy_in_the_mean():
 def test_no_entropy_is_asked_for_without_a_bonus(make_case):
     case = make_case("box")
     weigh_unevenly(case)
-    plain, zero = case.surrogate(), Surrogate(case.distribution, case.rollout.chunks(None), ent_coef=0.0)
-    assert th.equal(plain.gradient(case.actor), zero.gradient(case.actor))
+    plain, zero = case.surrogate(), case.surrogate(ent_coef=0.0)
+    assert th.equal(plain.gradient(), zero.gradient())
     assert plain.start() == zero.start()
 
 
@@ -333,7 +336,7 @@ def test_another_policys_objective_is_the_collecting_policys(case, chunk_size):
     move(case)
     second = with_entropy(case, chunk_size, replace(case.rollout, ratios=first.ratios()))
     expected = flatten(th.autograd.grad(objective_by_hand(case, old_log_prob), case.actor))
-    th.testing.assert_close(second.gradient(case.actor), expected, atol=1e-12, rtol=1e-9)
+    th.testing.assert_close(second.gradient(), expected, atol=1e-12, rtol=1e-9)
     assert second.start().objective == pytest.approx(first.evaluate().objective, rel=1e-12)
     assert second.start().kl == 0.0
     move(case)

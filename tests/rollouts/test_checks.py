@@ -356,7 +356,7 @@ def test_dropout_and_batch_norm_keep_to_the_trust_region(layer: type[nn.Module],
     assert sum(outcomes) >= 4
 
     buffers = [buffer.clone() for buffer in model.policy.buffers()]
-    monkeypatch.setattr(TRPO, "_search", reject)
+    monkeypatch.setattr(TRPO, "_line_search", reject)
     before = actor(model)
     model.learn(2 * N_STEPS, reset_num_timesteps=False)
     assert all(th.equal(a, b) for a, b in zip(model.policy.buffers(), buffers, strict=True))
@@ -364,17 +364,17 @@ def test_dropout_and_batch_norm_keep_to_the_trust_region(layer: type[nn.Module],
     assert model.logger.name_to_value["train/is_line_search_success"] == 0
 
 
-search = TRPO._search
+search = TRPO._line_search
 
 
-def reject(model: TRPO, surrogate: Any, actor: Any, step: th.Tensor, start: Any, expected: float) -> Any:
+def reject(model: TRPO, surrogate: Any, step: th.Tensor, start: Any, expected: float) -> Any:
     """Search along a step that leads downhill."""
-    return search(model, surrogate, actor, -step, start, expected)
+    return search(model, surrogate, -step, start, expected)
 
 
 def test_a_rejected_step_leaves_the_policy_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(envs())
-    monkeypatch.setattr(TRPO, "_search", reject)
+    monkeypatch.setattr(TRPO, "_line_search", reject)
     before = actor(model)
     model.learn(2 * N_STEPS)
 

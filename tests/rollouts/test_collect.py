@@ -206,7 +206,7 @@ def test_the_buffer_is_that_of_sb3s_loop_with_the_same_actions(name):
     recorder, expected_recorder = Recorder(), Recorder()
     filled = collect(ours, TRPO.collect_rollouts, 2, recorder)
     sb3s.policy.forward = sb3_forward(sb3s.policy, [step["actions"] for step in recorder.steps])
-    with raw_actions(sb3s.policy):
+    with raw_actions(sb3s.policy):  # SB3's loop stores what forward returns
         expected = collect(sb3s, OnPolicyAlgorithm.collect_rollouts, 2, expected_recorder)
     for one, other in zip(filled, expected, strict=True):
         assert_same_contents(one, other)

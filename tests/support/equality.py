@@ -20,9 +20,17 @@ from sb3_trpo import TRPO, MaskableTRPO, RecurrentTRPO
 from sb3_trpo.actions import raw_actions
 
 N_STEPS, N_ENVS, LIMIT = 40, 3, 5
+
+
+def sb3_loop(model: OnPolicyAlgorithm, *args: Any) -> bool:
+    """SB3's own loop, in which bounded policies return the actions that the buffer holds."""
+    with raw_actions(model.policy):
+        return OnPolicyAlgorithm.collect_rollouts(model, *args)
+
+
 #: Algorithm ↦ the loop that it is compared with.
 SB3S_LOOP: dict[type[TRPO], Any] = {
-    TRPO: OnPolicyAlgorithm.collect_rollouts,
+    TRPO: sb3_loop,
     RecurrentTRPO: RecurrentPPO.collect_rollouts,
     MaskableTRPO: MaskablePPO.collect_rollouts,
 }
