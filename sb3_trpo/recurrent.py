@@ -36,6 +36,7 @@ from sb3_trpo.rollouts.callback_locals import are_known
 from sb3_trpo.rollouts.collect import Truncation, stack_observations
 from sb3_trpo.rollouts.fast_step import Observations
 from sb3_trpo.rollouts.lstm_sampler import NumpyLstmNetworks, serves_lstm
+from sb3_trpo.rollouts.policy_state import PolicyState
 from sb3_trpo.rollouts.samplers import ActionSampler, resamples_noise
 from sb3_trpo.trpo import TRPO
 
@@ -145,6 +146,7 @@ class RecurrentTRPO(TRPO):
         #: LSTM states before the observations that were last acted on, and after them.
         self._last_lstm_states = self._next_lstm_states = RNNStates((zeros, zeros), (zeros, zeros))
         self._networks: NumpyLstmNetworks | None = None
+        self._watched_policy: PolicyState | None = None
 
     def _fits_loop(self, rollout_buffer: RolloutBuffer) -> bool:
         return type(rollout_buffer) in (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)
@@ -155,9 +157,10 @@ class RecurrentTRPO(TRPO):
         return RecurrentPPO.collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)  # type: ignore[arg-type]
 
     def _make_actor(self, env: VecEnv, callback: BaseCallback, n_rollout_steps: int) -> RolloutActor:
-        # A callback of the user's own may change the policy at any step; the networks in NumPy would not notice.
-        use_numpy = are_known(callback) and serves_lstm(self.policy)
-        self._networks = NumpyLstmNetworks(self.policy) if use_numpy else None
+        self._networks = NumpyLstmNetworks(self.policy) if serves_lstm(self.policy) else None
+        # A callback of the user's own may change the policy at any step, which the networks in NumPy would not notice.
+        is_watched = self._networks is not None and not are_known(callback)
+        self._watched_policy = PolicyState(self.policy) if is_watched else None
         return super()._make_actor(env, callback, n_rollout_steps)
 
     def _make_sampler(self, env: VecEnv, n_rollout_steps: int) -> ActionSampler | None:
@@ -173,6 +176,8 @@ class RecurrentTRPO(TRPO):
         before = self._last_lstm_states
         episode_starts = th.as_tensor(self._last_episode_starts, dtype=th.float32, device=self.device)
         obs_tensor = obs_as_tensor(observations, self.device)
+        if self._watched_policy is not None and self._watched_policy.has_changed():
+            self._networks = self._watched_policy = None
         if self._networks is not None:
             *outputs, after = self._networks(observations, before, episode_starts)
         else:
@@ -243,7 +248,8 @@ class RecurrentTRPO(TRPO):
         return without_cudnn(self._lstms)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_last_lstm_states", "_next_lstm_states", "_networks"]
+        own = ("_last_lstm_states", "_next_lstm_states", "_networks", "_watched_policy")
+        return [*super()._excluded_save_params(), *own]
 
     def get_extra_state(self) -> dict[str, Any]:
         """See :meth:`TRPO.get_extra_state`."""
