@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from sb3_trpo import trpo
 from sb3_trpo.adapters.models import actor_parameters
 from sb3_trpo.optim.parameters import Snapshot
-from sb3_trpo.rollouts import fast_step, samplers
+from sb3_trpo.rollouts import actor, fast_step, samplers
 from sb3_trpo.rollouts.buffers import read_rollout
 
 N_STEPS, N_ENVS = 1024, 2
@@ -53,7 +53,7 @@ OURS: list[Patch] = [
     (fast_step, "step_normalize", "normalising"),
     (samplers.NumpyActionSampler, "__call__", "acting"),
     (samplers.NumpyActionSampler, "__init__", "acting"),
-    (trpo, "evaluate_rollout", "evaluating"),
+    (actor.RolloutActor, "finish", "evaluating"),
     (trpo, "write_step", "buffer"),
     (CallbackList, "on_step", BOOKS),
     (OnPolicyAlgorithm, "_update_info_buffer", BOOKS),

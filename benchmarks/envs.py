@@ -187,6 +187,35 @@ class Placement(gym.Env):
         return np.concatenate([self.board.flatten(), kind]).astype(np.float32)
 
 
+class Recall(gym.Env):
+    """
+    Memory: one of four cues is shown in the first step, and is to be named eight steps later, when a signal asks for it.
+
+    The right answer is worth 1 and ends the episode. A policy that remembers has a return of 1, any other one of 0.25.
+    """
+
+    CUES, DELAY = 4, 8
+    action_space = spaces.Discrete(CUES)
+    observation_space = spaces.Box(0.0, 1.0, (CUES + 1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.cue, self.time = int(self.np_random.integers(self.CUES)), 0
+        return self._observe(), {}
+
+    def step(self, action: int) -> Step:
+        asked = self.time == self.DELAY
+        self.time += 1
+        return self._observe(), float(asked and action == self.cue), asked, False, {}
+
+    def _observe(self) -> np.ndarray:
+        observation = np.zeros(self.CUES + 1, np.float32)
+        if self.time == 0:
+            observation[self.cue] = 1.0
+        observation[-1] = self.time == self.DELAY
+        return observation
+
+
 class PositionsOnly(gym.ObservationWrapper):
     """Leaves out the velocities, so that a policy must remember what it saw before."""
 
@@ -206,6 +235,8 @@ def _without_velocities(name: str, positions: tuple[int, ...]) -> gym.Env:
 
 gym.register("CartPoleNoVel-v1", partial(_without_velocities, "CartPole-v1", (0, 2)))
 gym.register("PendulumNoVel-v1", partial(_without_velocities, "Pendulum-v1", (0, 1)))
+gym.register("LunarLanderNoVel-v3", partial(_without_velocities, "LunarLander-v3", (0, 1, 4, 6, 7)))
+gym.register("Recall-v0", Recall)
 gym.register("Placement-v0", Placement)
 gym.register("Chase-v0", Chase, max_episode_steps=50)
 gym.register("Hover-v0", Hover, max_episode_steps=100)

@@ -4,8 +4,8 @@ RecurrentTRPO and MaskableTRPO beside sb3-contrib's RecurrentPPO and MaskablePPO
     python benchmarks/siblings.py            # goes on where it was stopped
     python benchmarks/siblings.py --table    # what the finished runs say
 
-Recurrent: CartPole and Pendulum with velocities hidden. RecurrentPPO has RL Zoo's settings, RecurrentTRPO those of
-``zoo_hyperparams/trpo_lstm.yml``, both the same networks; plain TRPO has RecurrentTRPO's settings without the memory.
+Recurrent: CartPole and Pendulum with velocities hidden. RecurrentPPO has RL Zoo's settings, RecurrentTRPO earlier ones than
+``recurrent.py``, both the same networks; plain TRPO has RecurrentTRPO's settings without the memory.
 Maskable: sb3-contrib's environments with invalid actions, and ``Placement`` with 64 actions. Both have the same rollouts and
 discount, and their defaults otherwise. Then each trained policy samples 10,000 actions under masks, and those that the masks
 forbid are counted. "RecurrentTRPO, longer" has 2.5 times the steps, for about RecurrentPPO's time. Seconds are CPU seconds of

@@ -259,7 +259,9 @@ def draw(path: Path) -> None:
     colors = {"ours": "#1b6ca8", "sb3-contrib": "#e08e45", "ppo": "#9aa5b1", "tianshou": "#7fb069"}
     labels = {"ours": "sb3_trpo", "sb3-contrib": "sb3-contrib TRPO", "ppo": "SB3 PPO", "tianshou": "Tianshou TRPO"}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    for axis, part, title in zip(axes, ("collect", "total"), ("collecting", "end to end"), strict=True):
+    for axis, part, title in zip(
+        axes, ("collect", "total"), ("collecting rollouts", "training, updates included"), strict=True
+    ):
         for place, name in enumerate(shown):
             rows = results[name]["contenders"]
             alone = rows["bare"]["collect_steps_per_second"]
@@ -270,15 +272,17 @@ def draw(path: Path) -> None:
                 axis.bar(x, 100.0 * rows[who][f"{part}_steps_per_second"] / alone, 0.94 * width, color=colors[who])
         axis.axhline(100.0, color="black")
         drawn = [results[name]["scenario"] for name in shown]
-        ticks = ["{}\n{} envs".format(scenario["task"].replace("-", "\n-"), scenario["n_envs"]) for scenario in drawn]
-        axis.set_xticks(range(len(shown)), ticks, fontsize=8)
-        axis.set_title(f"{title}: steps per second on one thread, % of the environments alone", fontsize=9)
+        ticks = ["{} × {}".format(scenario["task"], scenario["n_envs"]) for scenario in drawn]
+        axis.set_xticks(range(len(shown)), ticks, fontsize=9, rotation=30, ha="right", rotation_mode="anchor")
+        axis.set_title(title, fontsize=11)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     handles.append(plt.Line2D([], [], color="black"))
-    axes[1].legend(handles, [*labels.values(), "environments alone"], fontsize=8, frameon=False)
+    axes[0].set_ylabel("steps per second,\n% of the environments alone")
+    names = [*labels.values(), "environments alone"]
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=9, frameon=False)
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
     print(f"drawn: {path.with_suffix('.png').name}, {path.with_suffix('.svg').name}")

@@ -219,8 +219,6 @@ class BoundedActionPolicy(ActorCriticPolicy):
     :raises ValueError: an option is out of range, or does not fit the action space or gSDE
     """
 
-    _uses_raw_actions = False
-
     def __init__(
         self,
         *args: Any,
@@ -229,6 +227,7 @@ class BoundedActionPolicy(ActorCriticPolicy):
         n_dist_outputs: int | None = None,
         **kwargs: Any,
     ) -> None:
+        self._uses_raw_actions = False
         # SB3's constructor builds the networks, which depend on these.
         self.action_bound, self.dist_fn, self.n_dist_outputs = action_bound, dist_fn, n_dist_outputs
         super().__init__(*args, **kwargs)

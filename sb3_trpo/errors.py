@@ -12,14 +12,49 @@ PACKAGES = ("sb3_trpo", "stable_baselines3", "sb3_contrib")
 Source = str | pathlib.Path | io.BufferedIOBase
 
 
+class NamedBytes(io.BytesIO):
+    """
+    The contents of a file, with its name for messages.
+
+    :param contents: the file's bytes
+    :param source: the file
+    """
+
+    def __init__(self, contents: bytes, source: Source) -> None:
+        super().__init__(contents)
+        self.name = name_of(source)
+
+
 def name_of(source: Source) -> str:
     """
-    Name a file in a message.
+    Return the name of a file for a message.
 
     :param source: path or file object
-    :return: the path, or the type of the object
+    :return: the path, the name of the file object, or its class if it has no name
     """
-    return str(source) if isinstance(source, (str, pathlib.Path)) else f"<{type(source).__name__}>"
+    if isinstance(source, (str, pathlib.Path)):
+        return str(source)
+    name = getattr(source, "name", None)
+    return name if isinstance(name, str) else f"<{type(source).__name__}>"
+
+
+def short(value: object, limit: int = 300) -> str:
+    """
+    Describe an error or a value of a file in few words; what is in a file may be of any length.
+
+    :param value: an error, or a value
+    :param limit: most characters
+    :return: the text of an error, the ``repr`` of a number or text, the type of anything else
+    """
+    if isinstance(value, BaseException):
+        return f"{value}"[:limit] or type(value).__name__
+    if isinstance(value, str):
+        return repr(value[:limit])
+    if isinstance(value, int) and value.bit_length() > limit:
+        return "a whole number of many digits"
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    return f"a {type(value).__name__}"
 
 
 class CorruptCheckpointError(ValueError):
@@ -32,7 +67,9 @@ class CorruptCheckpointError(ValueError):
     """
 
     def __init__(self, path: Source, member: str | None, reason: object) -> None:
-        super().__init__(f"{name_of(path)}: {'the file' if member is None else repr(member)} cannot be read: {reason}")
+        what = "the file" if member is None else repr(member)
+        reason = short(reason) if isinstance(reason, BaseException) else reason
+        super().__init__(f"{name_of(path)}: {what} cannot be read: {reason}")
         self.path, self.member = path, member
 
 
@@ -48,7 +85,7 @@ class UntrustedFileError(ValueError):
 
     def __init__(self, path: Source, entry: str, what: str, remedy: str = "") -> None:
         super().__init__(
-            f"{name_of(path)}: entry {entry!r} is refused, since it asks for {what}; nothing was run. {remedy}".rstrip()
+            f"{name_of(path)}: entry {entry[:200]!r} is refused, since it asks for {what}; nothing was run. {remedy}".rstrip()
         )
         self.path, self.entry = path, entry
 

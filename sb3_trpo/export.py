@@ -1,4 +1,4 @@
-"""A trained policy as an ONNX file, to be run without Python, SB3 or torch. Such a file holds no pickle."""
+"""Export a trained policy as an ONNX file, which runs without Python, SB3 and torch and holds no pickle."""
 
 import importlib
 import pathlib
@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
+from sb3_trpo.base import ResumableAlgorithm
 from sb3_trpo.optim.distributions import without_validation
 from sb3_trpo.saving.atomic import atomic_write
-from sb3_trpo.saving.checkpoint import SavedAlgorithm
 
 
-def export_onnx(model: SavedAlgorithm, path: str | pathlib.Path) -> None:
+def export_onnx(model: ResumableAlgorithm, path: str | pathlib.Path) -> None:
     """
     Write the deterministic policy as an ONNX file.
 
@@ -27,13 +28,19 @@ def export_onnx(model: SavedAlgorithm, path: str | pathlib.Path) -> None:
 
     :param model: the model
     :param path: the file
+    :raises ValueError: the policy is recurrent
     :raises ImportError: the extra ``[onnx]`` is not installed
     """
+    policy: ActorCriticPolicy = model.policy
+    if isinstance(policy, RecurrentActorCriticPolicy):
+        raise ValueError(
+            f"model={type(model).__name__} is not allowed: an ONNX file maps single observations to actions, and a recurrent "
+            "policy also needs the observations before"
+        )
     try:
         importlib.import_module("onnxscript")
     except ImportError as error:
-        raise ImportError("export_onnx needs ONNX; to install it: pip install 'sb3_trpo[onnx]'") from error
-    policy = model.policy
+        raise ImportError("export_onnx needs ONNX; to install it: pip install '.[onnx]' in a checkout of sb3_trpo") from error
     training = policy.training
     policy.set_training_mode(False)
     space = model.observation_space

@@ -26,7 +26,9 @@ from torch import nn
 
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.critic import CriticFit
-from sb3_trpo.rollouts.samplers import ActionSampler, Observations, make_numpy_sampler
+from sb3_trpo.rollouts.eligibility import supports_deferred_evaluation
+from sb3_trpo.rollouts.fast_step import Observations
+from sb3_trpo.rollouts.samplers import ActionSampler, make_numpy_sampler
 from sb3_trpo.trpo import TRPO
 
 SelfMaskableTRPO = TypeVar("SelfMaskableTRPO", bound="MaskableTRPO")
@@ -88,6 +90,7 @@ class MaskableTRPO(TRPO):
     rollout_buffer: MaskableRolloutBuffer | MaskableDictRolloutBuffer
     #: Whether actions are masked while collecting; set by :meth:`learn`.
     use_masking = True
+    _step_variables = TRPO._step_variables | {"action_masks"}
 
     def _setup_networks(self) -> None:
         if not issubclass(self.policy_class, MaskableActorCriticPolicy):
@@ -144,7 +147,7 @@ class MaskableTRPO(TRPO):
             )
         return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
-    def _collect_step_by_step(
+    def _collect_by_sb3(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         return MaskablePPO.collect_rollouts(
@@ -156,23 +159,42 @@ class MaskableTRPO(TRPO):
             self.use_masking,
         )
 
-    def _make_actor(self, env: VecEnv, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> ActionSampler:
-        policy, stored, use_masking = self.policy, self.rollout_buffer.action_masks, self.use_masking
+    def _make_sampler(self, env: VecEnv, n_rollout_steps: int) -> ActionSampler | None:
+        numpy_sampler = make_numpy_sampler(self.policy, n_rollout_steps, env.num_envs)
+        if numpy_sampler is None and not supports_deferred_evaluation(self.policy):
+            return None
         shape: tuple[int, ...] = self.action_space.shape  # type: ignore[assignment]
-        lean_act = make_numpy_sampler(policy, n_rollout_steps, env.num_envs)
 
-        def act(observations: Observations, step: int) -> np.ndarray:
-            action_masks: np.ndarray | None = None
-            if use_masking:
-                stored[step] = get_action_masks(env).reshape(stored.shape[1:])
-                action_masks = stored[step] > 0.5
-            if lean_act is not None:
-                return lean_act(observations, step, action_masks)
+        def sample(observations: Observations, step: int) -> np.ndarray:
+            action_masks = self._read_masks(env, step)
+            if numpy_sampler is not None:
+                return numpy_sampler(observations, step, action_masks)
+            obs_tensor: Any = obs_as_tensor(observations, self.device)
             with th.no_grad():
-                distribution = policy.get_distribution(obs_as_tensor(observations, policy.device), action_masks)
+                distribution = self.policy.get_distribution(obs_tensor, action_masks)
             return distribution.get_actions().cpu().numpy().reshape(-1, *shape)
 
-        return act
+        return sample
+
+    @th.no_grad()
+    def _forward(self, env: VecEnv, observations: Observations, step: int) -> tuple[np.ndarray, dict[str, Any]]:
+        obs_tensor: Any = obs_as_tensor(observations, self.device)
+        actions, values, log_probs = self.policy(obs_tensor, action_masks=self._read_masks(env, step))
+        variables = {"obs_tensor": obs_tensor, "values": self._value_scale * values, "log_probs": log_probs}
+        return actions.cpu().numpy(), {**variables, **self._more_variables(step)}
+
+    def _read_masks(self, env: VecEnv, step: int) -> np.ndarray | None:
+        """Which actions are valid now, written into the buffer as well; None for all."""
+        if self.use_masking:
+            stored = self.rollout_buffer.action_masks
+            stored[step] = get_action_masks(env).reshape(stored.shape[1:])
+        return self._masks(step)
+
+    def _masks(self, step: int) -> np.ndarray | None:
+        return self.rollout_buffer.action_masks[step] > 0.5 if self.use_masking else None
+
+    def _more_variables(self, step: int) -> dict[str, Any]:
+        return {"action_masks": self._masks(step)}
 
     def _evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
         observations, action_masks = _apart(rollout.inputs)

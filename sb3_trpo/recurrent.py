@@ -23,12 +23,20 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from sb3_trpo.adapters.models import components
+from sb3_trpo.adapters.plain import is_plain
 from sb3_trpo.adapters.sequences import LstmStates, lstm_states, read_sequences, without_cudnn
 from sb3_trpo.arguments import Rule, one_of
 from sb3_trpo.constructors import checked, takes_arguments_of
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
-from sb3_trpo.rollouts.collect import Truncation, bootstrap, stack_observations
-from sb3_trpo.rollouts.samplers import ActionSampler, Observations
+from sb3_trpo.optim.distributions import has_closed_form
+from sb3_trpo.optim.lstm import gauss_newton_lstms, is_standard
+from sb3_trpo.rollouts.actor import RolloutActor
+from sb3_trpo.rollouts.callback_locals import are_known
+from sb3_trpo.rollouts.collect import Truncation, stack_observations
+from sb3_trpo.rollouts.fast_step import Observations
+from sb3_trpo.rollouts.lstm_sampler import NumpyLstmNetworks, serves_lstm
+from sb3_trpo.rollouts.samplers import ActionSampler, resamples_noise
 from sb3_trpo.trpo import TRPO
 
 MlpLstmPolicy = RecurrentActorCriticPolicy
@@ -93,6 +101,7 @@ class RecurrentTRPO(TRPO):
     argument_rules: ClassVar[dict[str, Rule]] = {**TRPO.argument_rules, "action_bound": one_of(None)}
     policy: RecurrentActorCriticPolicy
     rollout_buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer
+    _step_variables = TRPO._step_variables | {"lstm_states", "episode_starts"}
 
     @takes_arguments_of(TRPO.__init__)
     @checked
@@ -135,59 +144,60 @@ class RecurrentTRPO(TRPO):
         zeros = th.zeros(lstm.num_layers, self.n_envs, lstm.hidden_size, device=self.device)
         #: LSTM states before the observations that were last acted on, and after them.
         self._last_lstm_states = self._next_lstm_states = RNNStates((zeros, zeros), (zeros, zeros))
+        self._networks: NumpyLstmNetworks | None = None
 
-    def _can_collect(self, rollout_buffer: RolloutBuffer) -> bool:
+    def _fits_loop(self, rollout_buffer: RolloutBuffer) -> bool:
         return type(rollout_buffer) in (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)
 
-    def _collect_step_by_step(
+    def _collect_by_sb3(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         return RecurrentPPO.collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)  # type: ignore[arg-type]
 
-    def _make_actor(self, env: VecEnv, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> ActionSampler:
-        return self._act
+    def _make_actor(self, env: VecEnv, callback: BaseCallback, n_rollout_steps: int) -> RolloutActor:
+        # A callback of the user's own may change the policy at any step; the networks in NumPy would not notice.
+        use_numpy = are_known(callback) and serves_lstm(self.policy)
+        self._networks = NumpyLstmNetworks(self.policy) if use_numpy else None
+        return super()._make_actor(env, callback, n_rollout_steps)
+
+    def _make_sampler(self, env: VecEnv, n_rollout_steps: int) -> ActionSampler | None:
+        return None  # evaluating later would have to run the LSTMs once more
 
     @th.no_grad()
-    def _act(self, observations: Observations, step: int) -> np.ndarray:
-        """Act, and write into the buffer what comes with it: evaluating later would have to run the LSTMs once more."""
+    def _forward(self, env: VecEnv, observations: Observations, step: int) -> tuple[np.ndarray, dict[str, Any]]:
         policy, buffer = self.policy, self.rollout_buffer
-        if policy.use_sde and (step == 0 or (self.sde_sample_freq > 0 and step % self.sde_sample_freq == 0)):
-            policy.reset_noise(self.n_envs)
+        if policy.use_sde and resamples_noise(step, self.sde_sample_freq):
+            policy.reset_noise(env.num_envs)
         if step > 0:
             self._last_lstm_states = self._next_lstm_states
         before = self._last_lstm_states
-        starts = th.as_tensor(self._last_episode_starts, dtype=th.float32, device=self.device)
-        actions, values, log_probs, self._next_lstm_states = policy(obs_as_tensor(observations, self.device), before, starts)
-        buffer.values[step] = self._value_scale * values.flatten().cpu().numpy()
-        buffer.log_probs[step] = log_probs.cpu().numpy()
+        episode_starts = th.as_tensor(self._last_episode_starts, dtype=th.float32, device=self.device)
+        obs_tensor = obs_as_tensor(observations, self.device)
+        if self._networks is not None:
+            *outputs, after = self._networks(observations, before, episode_starts)
+        else:
+            *outputs, after = policy(obs_tensor, before, episode_starts)
+        (actions, values, log_probs), self._next_lstm_states = outputs, after
         for name, states in (("pi", before.pi), ("vf", before.vf)):
             for kind, state in zip(("hidden", "cell"), states, strict=True):
                 getattr(buffer, f"{kind}_states_{name}")[step] = state.cpu().numpy()
-        return actions.cpu().numpy()
+        variables = {"obs_tensor": obs_tensor, "values": self._value_scale * values, "log_probs": log_probs}
+        return actions.cpu().numpy(), {**variables, "lstm_states": self._next_lstm_states, "episode_starts": episode_starts}
 
-    @th.no_grad()
-    def _complete_buffer(
-        self, rollout_buffer: RolloutBuffer, truncations: list[Truncation], last_obs: Observations, last_dones: np.ndarray
-    ) -> th.Tensor:
-        final_values = [self._final_value(truncation) for truncation in truncations]
+    def _last_values(self, observations: Observations, dones: np.ndarray) -> th.Tensor:
         self._last_lstm_states = self._next_lstm_states
-        starts = th.as_tensor(last_dones, dtype=th.float32, device=self.device)
-        last_values = self._predict_values(last_obs, self._last_lstm_states.vf, starts)
-        bootstrap(rollout_buffer, truncations, final_values, last_values, last_dones)
-        return last_values
+        starts = th.as_tensor(dones, dtype=th.float32, device=self.device)
+        return self._predict_values(observations, self._last_lstm_states.vf, starts)
 
-    def _final_value(self, truncation: Truncation) -> float:
-        """V of the last observation of an episode, given all of it."""
-        buffer, env = self.rollout_buffer, slice(truncation.env, truncation.env + 1)
-        if truncation.step + 1 < buffer.buffer_size:
-            stored = (buffer.hidden_states_vf[truncation.step + 1], buffer.cell_states_vf[truncation.step + 1])
-            states = [th.as_tensor(state, device=self.device) for state in stored]
-        else:
-            states = [*self._next_lstm_states.vf]
-        of_env = [state[:, env].contiguous() for state in states]
-        return float(
-            self._predict_values(stack_observations([truncation.observation]), of_env, th.zeros(1, device=self.device))
-        )
+    def _truncated_values(self, truncations: list[Truncation]) -> list[float]:
+        """V of the last observations, given the whole episodes; called at the step at which they end."""
+        no_start = th.zeros(1, device=self.device)
+        values: list[float] = []
+        for truncation in truncations:
+            env = slice(truncation.env, truncation.env + 1)
+            states = [state[:, env].contiguous() for state in self._next_lstm_states.vf]
+            values.append(float(self._predict_values(stack_observations([truncation.observation]), states, no_start)))
+        return values
 
     def _predict_values(self, observations: Observations, states: Sequence[th.Tensor], starts: th.Tensor) -> th.Tensor:
         """V of observations, one for each environment."""
@@ -199,12 +209,16 @@ class RecurrentTRPO(TRPO):
 
     def _distribution(self, inputs: Inputs) -> Distribution:
         observations, states, no_starts = self._apart(inputs, "actor_states")
-        with self._twice_differentiable():
+        with self._fast_products():
+            distribution = self.policy.get_distribution(observations, states, no_starts)[0]
+        if not th.is_grad_enabled() or has_closed_form(components(distribution)):
+            return distribution
+        with self._twice_differentiable():  # the KL of this family is differentiated twice
             return self.policy.get_distribution(observations, states, no_starts)[0]
 
     def _values(self, inputs: Inputs) -> th.Tensor:
         observations, states, no_starts = self._apart(inputs, "critic_states")
-        with self._twice_differentiable() if self.critic_method == "gauss_newton" else nullcontext():
+        with self._fast_products() if self.critic_method == "gauss_newton" else nullcontext():
             return self.policy.predict_values(observations, states, no_starts).flatten()
 
     def _apart(self, inputs: Inputs, name: str) -> tuple[Any, LstmStates, th.Tensor]:
@@ -212,20 +226,32 @@ class RecurrentTRPO(TRPO):
         assert isinstance(inputs, dict)
         return inputs["observations"], lstm_states(inputs[name]), th.zeros(len(inputs[name]), device=self.device)
 
+    @property
+    def _lstms(self) -> list[nn.LSTM]:
+        return [module for module in self.policy.modules() if isinstance(module, nn.LSTM)]
+
+    def _fast_products(self) -> AbstractContextManager[None]:
+        """Let the LSTMs run with derivatives made for Gauss-Newton products, where they are torch's own."""
+        if th.is_grad_enabled() and all(is_standard(lstm) and is_plain(lstm) for lstm in self._lstms):
+            return gauss_newton_lstms(self._lstms)
+        return self._twice_differentiable()
+
     def _twice_differentiable(self) -> AbstractContextManager[None]:
         """cuDNN's LSTM cannot be differentiated twice, as the Fisher matrix asks for; torch's own can, and is slower."""
         if self.device.type != "cuda" or not th.is_grad_enabled():
             return nullcontext()
-        return without_cudnn([module for module in self.policy.modules() if isinstance(module, nn.LSTM)])
+        return without_cudnn(self._lstms)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_last_lstm_states", "_next_lstm_states"]
+        return [*super()._excluded_save_params(), "_last_lstm_states", "_next_lstm_states", "_networks"]
 
-    def _resume_state(self) -> dict[str, Any]:
+    def get_extra_state(self) -> dict[str, Any]:
+        """See :meth:`TRPO.get_extra_state`."""
         states = [state.cpu().numpy() for pair in self._next_lstm_states for state in pair]
-        return {**super()._resume_state(), "lstm_states": states}
+        return {**super().get_extra_state(), "lstm_states": states}
 
-    def _restore(self, state: dict[str, Any], trust: bool) -> None:
-        super()._restore(state, trust)
+    def set_extra_state(self, state: dict[str, Any], trust: bool) -> None:
+        """See :meth:`TRPO.set_extra_state`."""
+        super().set_extra_state(state, trust)
         hidden_pi, cell_pi, hidden_vf, cell_vf = (th.as_tensor(array, device=self.device) for array in state["lstm_states"])
         self._last_lstm_states = self._next_lstm_states = RNNStates((hidden_pi, cell_pi), (hidden_vf, cell_vf))

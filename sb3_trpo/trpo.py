@@ -15,7 +15,7 @@ from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import update_learning_rate
+from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
@@ -47,9 +47,10 @@ from sb3_trpo.arguments import (
     shown,
     subclass_of,
 )
+from sb3_trpo.base import ResumableAlgorithm
 from sb3_trpo.constructors import checked, rules_of
 from sb3_trpo.distributed.process_group import local_device
-from sb3_trpo.distributed.synchronization import DistributedAlgorithm, synchronized
+from sb3_trpo.distributed.synchronization import synchronized
 from sb3_trpo.errors import did_you_mean, warn_user
 from sb3_trpo.optim.batch import Inputs, RolloutBatch, normalize_advantages
 from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
@@ -77,12 +78,26 @@ from sb3_trpo.policies import (
     MultiInputPolicy,
     has_images,
 )
-from sb3_trpo.rollouts.buffers import read_rollout
-from sb3_trpo.rollouts.checks import EnvOutputCheck, checked_steps, keeps_statistics
-from sb3_trpo.rollouts.collect import Truncation, evaluate_rollout, find_truncations, supports_deferred_evaluation, write_step
-from sb3_trpo.rollouts.fast_step import fast_step_fn
-from sb3_trpo.rollouts.samplers import ActionSampler, Observations, action_transform, make_sampler
-from sb3_trpo.saving.archive import Attributes
+from sb3_trpo.rollouts.actor import RolloutActor
+from sb3_trpo.rollouts.buffers import ARRAY_BUFFERS, read_rollout
+from sb3_trpo.rollouts.callback_locals import are_known, compute_locals
+from sb3_trpo.rollouts.checks import EnvOutputCheck, checked_steps, kept_statistics
+from sb3_trpo.rollouts.collect import (
+    Truncation,
+    find_truncations,
+    stack_observations,
+    widen_observations,
+    write_step,
+)
+from sb3_trpo.rollouts.eligibility import draws_random_numbers, has_known_modules, has_own_forward, numpy_mlp
+from sb3_trpo.rollouts.fast_step import Observations, copy_observations, fast_step_fn
+from sb3_trpo.rollouts.samplers import (
+    ActionSampler,
+    NumpyActionSampler,
+    action_transform,
+    make_sampler,
+    resamples_noise,
+)
 from sb3_trpo.saving.sb3_contrib import MINIBATCH_ARGUMENTS, convert_model
 
 IMAGE_CHUNK = 256  # states in one forward pass where max_batch_size leaves it open: some 100 MB with NatureCNN
@@ -104,21 +119,12 @@ SB3_ARGUMENTS = (
     "seed",
     "device",
 )
-#: Attributes of models that earlier versions saved.
-RETIRED_ATTRIBUTES = (
-    "cg_warm_start",
-    "critic_cg_max_steps",
-    "critic_cg_residual_tol",
-    "distributed",
-    "_direction",
-    "_target_kl_schedule",
-)
 BUFFER_CLASS = optional(subclass_of(RolloutBuffer, "a class derived from SB3's RolloutBuffer"))
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
 
 
-class TRPO(DistributedAlgorithm):
+class TRPO(ResumableAlgorithm):
     """
     Trust Region Policy Optimization (TRPO).
 
@@ -174,6 +180,8 @@ class TRPO(DistributedAlgorithm):
     :param return_scaling: let the critic predict returns divided by the running standard deviation of all returns so far
     :param action_bound: ``"clip"`` or ``"tanh"`` to bring Box actions to [-1, 1] so and scale them to the space's bounds; None
         to clip them to the bounds, as SB3 does
+    :param check_observations: refuse observations with a NaN or an infinity; False for a policy that handles them itself, as
+        by masking padding. Rewards, actions, values and the update are checked in any case
     :raises ValueError: an argument is out of range; the message names it, its value and what is allowed
     """
 
@@ -187,6 +195,8 @@ class TRPO(DistributedAlgorithm):
     _failed_updates: int = 0
     #: Names of the constructor arguments that the user gave.
     _given_arguments: frozenset[str] = frozenset()
+    #: SB3's local variables, for callbacks, that come from the policy.
+    _step_variables: ClassVar[frozenset[str]] = frozenset({"obs_tensor", "values", "log_probs"})
 
     @checked
     def __init__(
@@ -230,6 +240,7 @@ class TRPO(DistributedAlgorithm):
         line_search_accept_ratio: Annotated[float, UNIT_INTERVAL] = 0.0,
         return_scaling: Annotated[bool, BOOLEAN] = False,
         action_bound: Annotated[str | None, one_of(*ACTION_BOUNDS, None)] = None,
+        check_observations: Annotated[bool, BOOLEAN] = True,
     ) -> None:
         place = self._place
         super().__init__(
@@ -275,6 +286,7 @@ class TRPO(DistributedAlgorithm):
         self.line_search_accept_ratio = line_search_accept_ratio
         self.return_scaling = return_scaling
         self.action_bound = action_bound
+        self.check_observations = check_observations
         self.return_moments = RunningMeanStd(epsilon=0.0)
         #: What the latest update did; None before the first.
         self.last_update: UpdateStats | None = None
@@ -308,7 +320,7 @@ class TRPO(DistributedAlgorithm):
         self._check_rollout_size()
         self._check_policy()
         self._build()
-        if not self._can_collect(self.rollout_buffer):
+        if not self._fits_loop(self.rollout_buffer):
             self._check_sb3s_loop()
 
     def _check_policy(self) -> None:
@@ -430,92 +442,125 @@ class TRPO(DistributedAlgorithm):
             )
 
     @synchronized
-    @keeps_statistics
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """
         Fill the buffer by acting with the policy.
 
-        Callbacks find SB3's local variables, but for ``obs_tensor``, ``values`` and ``log_probs``: those are computed for
-        the whole rollout at its end, where ``values`` (of the last observations) is there in ``on_rollout_end``. A
-        callback may change the policy in ``on_rollout_start``, not in ``on_step``.
+        Callbacks find SB3's local variables. A callback may change the policy at any time.
 
         :param env: the training environment
         :param callback: called at every step, and at the rollout's start and end
         :param rollout_buffer: buffer to fill
         :param n_rollout_steps: steps to take in each environment
         :return: False if the callback stopped the training
+        :raises NonFiniteError: the environment returned a NaN or an infinity
         """
-        check = EnvOutputCheck(env, self.num_timesteps)
-        if not self._can_collect(rollout_buffer):
-            with checked_steps(env, check):
-                return self._collect_step_by_step(env, callback, rollout_buffer, n_rollout_steps)
-        self.policy.set_training_mode(False)
-        rollout_buffer.reset()
-        truncations: list[Truncation] = []
-        callback.on_rollout_start()
-        act = self._make_actor(env, rollout_buffer, n_rollout_steps)
-        to_env = action_transform(self.policy)
-        step = fast_step_fn(env)
+        check = EnvOutputCheck(env, self.num_timesteps, self.check_observations)
+        with kept_statistics(env):
+            if not self._fits_loop(rollout_buffer):
+                with checked_steps(env, check):
+                    return self._collect_by_sb3(env, callback, rollout_buffer, n_rollout_steps)
+            self.policy.set_training_mode(False)
+            rollout_buffer.reset()
+            self._last_obs = copy_observations(self._last_obs)  # type: ignore[arg-type]
+            widen_observations(rollout_buffer, self._last_obs)
+            callback.on_rollout_start()
+            actor = self._make_actor(env, callback, n_rollout_steps)
+            act, to_env, step = actor.act, action_transform(self.policy), fast_step_fn(env)
 
-        n_steps = 0
-        while n_steps < n_rollout_steps:
-            obs: Observations = self._last_obs  # type: ignore[assignment]
-            starts: np.ndarray = self._last_episode_starts  # type: ignore[assignment]
-            actions = act(obs, n_steps)
-            clipped_actions = to_env(actions)
-            new_obs, rewards, dones, infos = step(clipped_actions)
-            check(new_obs, rewards)
-            self.num_timesteps += env.num_envs
-            callback.update_locals(locals())
-            if not callback.on_step():
-                return False
+            n_steps = 0
+            while n_steps < n_rollout_steps:
+                obs: Observations = self._last_obs  # type: ignore[assignment]
+                actions = act(obs, n_steps)
+                if not self.check_observations:
+                    check.check_actions(actions)
+                clipped_actions = to_env(actions)
+                new_obs, rewards, dones, infos = step(clipped_actions)
+                check(new_obs, rewards)
+                self.num_timesteps += env.num_envs
+                callback.update_locals(locals())
+                if not callback.on_step():
+                    return False
 
-            self._update_info_buffer(infos, dones)
-            if dones.any():
-                truncations += find_truncations(n_steps, dones, infos)
-            write_step(rollout_buffer, n_steps, obs, actions, rewards, starts)
-            self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
-            n_steps += 1
+                self._update_info_buffer(infos, dones)
+                write_step(rollout_buffer, n_steps, obs, actions, rewards, self._last_episode_starts)  # type: ignore[arg-type]
+                if dones.any():
+                    truncations = find_truncations(n_steps, dones, infos)
+                    check.check_truncations(truncations)
+                    actor.add_truncations(truncations)
+                self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
+                n_steps += 1
 
-        check.check_truncations(truncations)
-        last_obs: Observations = new_obs  # type: ignore[assignment]
-        values = self._complete_buffer(rollout_buffer, truncations, last_obs, dones)
-        callback.update_locals(locals())
-        callback.on_rollout_end()
-        return True
+            actor.finish(self._last_obs, dones)  # type: ignore[arg-type]
+            check.check_evaluation(rollout_buffer)
+            callback.update_locals({**locals(), **actor.variables()})
+            callback.on_rollout_end()
+            return True
 
-    def _can_collect(self, rollout_buffer: RolloutBuffer) -> bool:
-        """Whether the loop of :meth:`collect_rollouts` serves policy and buffer."""
-        return supports_deferred_evaluation(self.policy, rollout_buffer)
+    def _fits_loop(self, rollout_buffer: RolloutBuffer) -> bool:
+        """Whether the loop of :meth:`collect_rollouts` serves policy and buffer; a user's buffer must fill itself."""
+        return type(rollout_buffer) in ARRAY_BUFFERS and not has_own_forward(self.policy)
 
-    def _collect_step_by_step(
+    def _collect_by_sb3(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """SB3's loop, for all others."""
         with raw_actions(self.policy):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
-    def _make_actor(self, env: VecEnv, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> ActionSampler:
-        """Find what acts in the next rollout."""
+    def _make_actor(self, env: VecEnv, callback: BaseCallback, n_rollout_steps: int) -> RolloutActor:
+        """
+        Decide how to act in the next rollout.
+
+        The policy is watched where somebody may change it: a callback that is neither SB3's nor this package's, or modules
+        of the user's own that are called at every step.
+        """
+        sampler = self._make_sampler(env, n_rollout_steps)
+        changes_by_itself = False
+        calls_policy = sampler is not None and not isinstance(sampler, NumpyActionSampler)
+        if calls_policy and not has_known_modules(self.policy) and numpy_mlp(self.policy) is None:
+            observations = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+            changes_by_itself = True
+            sampler = None if draws_random_numbers(self.policy, observations) else sampler
+        is_known = are_known(callback)
+        actor = RolloutActor(self, env, sampler, is_watched=changes_by_itself or not is_known)
+        if not is_known:
+            compute_locals(callback, self._step_variables, actor.variables)
+        return actor
+
+    def _make_sampler(self, env: VecEnv, n_rollout_steps: int) -> ActionSampler | None:
+        """Make what samples actions in the next rollout; None to call :meth:`_forward` at every step."""
         return make_sampler(self.policy, n_rollout_steps, env.num_envs, self.sde_sample_freq)
 
-    def _complete_buffer(
-        self, rollout_buffer: RolloutBuffer, truncations: list[Truncation], last_obs: Observations, last_dones: np.ndarray
-    ) -> th.Tensor:
-        """Evaluate what the buffer's loop has left out; returns V of the last observations, shape ``(n_envs, 1)``."""
-        return evaluate_rollout(
-            rollout_buffer,
-            self._read_rollout(),
-            self._evaluate,
-            self.policy.predict_values,
-            truncations,
-            last_obs,
-            last_dones,
-            self._chunk_size,
-            self._value_scale,
-        )
+    @th.no_grad()
+    def _forward(self, env: VecEnv, observations: Observations, step: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """Act as SB3's loop does: actions, and SB3's local variables that come with them."""
+        if self.use_sde and resamples_noise(step, self.sde_sample_freq):
+            self.policy.reset_noise(env.num_envs)
+        obs_tensor = obs_as_tensor(observations, self.device)
+        with raw_actions(self.policy):
+            actions, values, log_probs = self.policy(obs_tensor)
+        variables = {"obs_tensor": obs_tensor, "values": self._value_scale * values, "log_probs": log_probs}
+        return actions.cpu().numpy(), variables
+
+    def _more_variables(self, step: int) -> dict[str, Any]:
+        """Return further local variables of SB3's loop that come from acting."""
+        return {}
+
+    def _last_values(self, observations: Observations, dones: np.ndarray) -> th.Tensor:
+        """V of the observations after a rollout, shape ``(n_envs, 1)``."""
+        return self._value_scale * self.policy.predict_values(obs_as_tensor(observations, self.device))
+
+    def _truncated_values(self, truncations: list[Truncation]) -> list[float]:
+        """V of the last observations of episodes that a time limit cut off."""
+        values: list[float] = []
+        size = self._chunk_size or len(truncations)
+        for start in range(0, len(truncations), size):
+            batch = stack_observations([truncation.observation for truncation in truncations[start : start + size]])
+            values += (self._value_scale * self.policy.predict_values(obs_as_tensor(batch, self.device))).flatten().tolist()
+        return values
 
     @without_validation()
     def train(self) -> None:
@@ -775,9 +820,7 @@ class TRPO(DistributedAlgorithm):
         name = self.algorithm() if tb_log_name is None else tb_log_name
         return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
-    def _loaded(self, attributes: Attributes, keep: set[str]) -> None:
-        for name in RETIRED_ATTRIBUTES:
-            vars(self).pop(name, None)
-        if "kl_is_joint" not in attributes.names:
+    def _loaded(self, names: set[str], keep: set[str]) -> None:
+        if "kl_is_joint" not in names:
             convert_model(self, keep)
         self._warn_of_unused_arguments(keep)

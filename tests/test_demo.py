@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from sb3_trpo.demo import main
+from examples.demo import main
 
 
 def test_demo_trains_evaluates_saves_loads_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
-from sb3_trpo import TRPO, export_onnx
+from sb3_trpo import TRPO, RecurrentTRPO, export_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -84,5 +84,12 @@ def test_an_exported_file_holds_no_pickle_and_is_written_whole(tmp_path: Path) -
 def test_without_onnx_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
 
-    with pytest.raises(ImportError, match=r"sb3_trpo\[onnx\]"):
+    with pytest.raises(ImportError, match=r"\.\[onnx\]"):
         export_onnx(train("box", False), tmp_path / "policy.onnx")
+
+
+def test_export_onnx_refuses_a_recurrent_policy(tmp_path: Path) -> None:
+    model = RecurrentTRPO("MlpLstmPolicy", "CartPole-v1", n_steps=16, device="cpu")
+    with pytest.raises(ValueError, match=r"^model=RecurrentTRPO is not allowed: .* observations before$"):
+        export_onnx(model, tmp_path / "policy.onnx")
+    assert not any(tmp_path.iterdir())

@@ -433,7 +433,6 @@ WRONG: list[Any] = [
 
 @pytest.mark.parametrize("name", [name for name in parameters(TRPO) if name not in ("self", "_init_setup_model")])
 def test_any_value_is_taken_or_refused_by_name(name: str) -> None:
-    """On commit 3440a56, of 2,214 values 373 ended in an error of another kind, and 30 in one without a name."""
     for value in WRONG:
         arguments = {"policy": "MlpPolicy", "env": IdentityEnv(2), "n_steps": 8, "batch_size": 8, "device": "cpu", name: value}
         message = refusal(**arguments)

@@ -21,6 +21,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
 from sb3_trpo.actions import BoundedActionPolicy, TanhGaussianDistribution
+from sb3_trpo.adapters.plain import are_original, has_patched_methods, is_plain
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.critic import value_output
 from sb3_trpo.optim.distributions import Components, joint_kl
@@ -116,16 +117,25 @@ def critic_model(policy: nn.Module, values: ValueFunction, critic: list[nn.Param
     return Model(forward, critic, kfac_layers(policy, critic), critic_mlp(policy))
 
 
-def _is_standard(policy: nn.Module, methods: Sequence[str]) -> bool:
-    """Whether the policy feeds flat features to an MlpExtractor the way SB3's own class does, through these methods."""
+def _is_standard(policy: nn.Module, methods: Sequence[str], extractor: str, network: str) -> bool:
+    """Whether the policy feeds flat features to a part of an MlpExtractor as SB3's own class does, through these methods."""
     return (
         isinstance(policy, STANDARD_POLICIES)
+        and is_plain(policy)
         and type(policy.mlp_extractor) is MlpExtractor
-        and type(policy.features_extractor) is FlattenExtractor
+        and type(getattr(policy.mlp_extractor, network)) is nn.Sequential
+        and _only_flattens(getattr(policy, extractor))
         and all(
             getattr(type(policy), method) in [getattr(standard, method) for standard in STANDARD_POLICIES]
             for method in methods
         )
+    )
+
+
+def _only_flattens(extractor: nn.Module) -> bool:
+    flatten = getattr(extractor, "flatten", None)
+    return (
+        type(extractor) is FlattenExtractor and type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
     )
 
 
@@ -134,12 +144,13 @@ def actor_mlp(policy: nn.Module) -> MLP | None:
     Return the MLP from the flat observation to the action distribution's main parameters.
 
     :param policy: any policy
-    :return: the MLP, or None if the policy is not SB3's standard MLP policy
+    :return: the MLP, or None if the policy is not SB3's standard MLP policy, unchanged
     """
-    if not _is_standard(policy, ["get_distribution", "extract_features", "_get_action_dist_from_latent"]):
+    methods = ["get_distribution", "extract_features", "_get_action_dist_from_latent"]
+    if not _is_standard(policy, methods, "pi_features_extractor", "policy_net"):
         return None
     family: type = type(policy.action_dist)  # a subclass may have other parameters
-    if family not in STATE_INDEPENDENT_NOISE:
+    if family not in STATE_INDEPENDENT_NOISE or has_patched_methods(policy.action_dist) or not are_original(family):
         return None
     return as_mlp([*policy.mlp_extractor.policy_net, policy.action_net])  # type: ignore[union-attr,misc,list-item]
 
@@ -149,9 +160,9 @@ def critic_mlp(policy: nn.Module) -> MLP | None:
     Return the MLP from the flat observation to the value.
 
     :param policy: any policy
-    :return: the MLP, or None if the policy is not SB3's standard MLP policy
+    :return: the MLP, or None if the policy is not SB3's standard MLP policy, unchanged
     """
-    if not _is_standard(policy, ["predict_values", "extract_features"]):
+    if not _is_standard(policy, ["predict_values", "extract_features"], "vf_features_extractor", "value_net"):
         return None
     return as_mlp([*policy.mlp_extractor.value_net, policy.value_net])  # type: ignore[union-attr,misc,list-item]
 

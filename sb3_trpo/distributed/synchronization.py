@@ -1,29 +1,26 @@
-"""An on-policy algorithm of which several processes take one common step, each with environments of its own."""
+"""Several processes that take one common step, each with environments of its own."""
 
 import functools
 import hashlib
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from sb3_trpo.arguments import one_of
 from sb3_trpo.distributed.moments import merged
-from sb3_trpo.distributed.process_group import SINGLE_PROCESS, ProcessGroup, RankInfo, detect_rank, join
-from sb3_trpo.errors import MismatchError, RankError, Source
-from sb3_trpo.saving.checkpoint import SavedAlgorithm
-from sb3_trpo.saving.vec_normalize import Statistics, running_moments, set_statistics
+from sb3_trpo.errors import RankError
+from sb3_trpo.saving.vec_normalize import running_moments
 
-#: Distance between the seeds of two processes: more than the environments of one, which have consecutive seeds.
-SEED_STRIDE = 10_000
+if TYPE_CHECKING:
+    from sb3_trpo.base import ResumableAlgorithm
+
 EPISODE_BUFFERS = ("ep_info_buffer", "ep_success_buffer")
 
 Collect = TypeVar("Collect", bound=Callable[..., bool])
@@ -31,12 +28,12 @@ Collect = TypeVar("Collect", bound=Callable[..., bool])
 
 class Report(NamedTuple):
     """
-    What a process tells the others at the end of its rollout.
+    A process's report to the others at the end of its rollout.
 
-    :param goes_on: False if a callback of its own has stopped the training
-    :param steps: environment steps that it has taken
-    :param episodes: statistics of the episodes that have ended, by the name of SB3's buffer
-    :param fingerprints: hashes of what is to be the same in all processes
+    :param goes_on: False if one of its callbacks stopped the training
+    :param steps: environment steps that it took
+    :param episodes: statistics of the episodes that ended, by the name of SB3's buffer
+    :param fingerprints: hashes of what must be the same in all processes
     """
 
     goes_on: bool
@@ -45,152 +42,73 @@ class Report(NamedTuple):
     fingerprints: dict[str, str]
 
 
-class DistributedAlgorithm(SavedAlgorithm):
+def take_from_first(model: "ResumableAlgorithm") -> None:
     """
-    An on-policy algorithm that several processes train together.
+    Take over the parameters and the running statistics of the first process.
 
-    The first process, rank 0, logs, evaluates and saves. In the others ``save`` writes nothing, the logger is silent, and
-    callbacks are left out but for those whose attribute ``on_every_rank`` is True.
+    :param model: the model
     """
+    model._ranks.broadcast([*model.policy.parameters(), *model.policy.buffers()])
+    running = [*running_moments_of(model.env), *running_moments_of(model)]
+    first = model._ranks.gather_objects([vars(rms) for rms in running])[0]
+    for rms, values in zip(running, first, strict=True):
+        vars(rms).update(values)
 
-    #: Whether to train together with the other processes that ``torchrun`` started: True if there must be some, False for
-    #: none, None for those there are.
-    distributed: bool | None = None
-    #: Seconds that a process waits for the others before the training ends with an error.
-    rank_timeout: float = 1800.0
-    #: Whether the latest rollout was stopped before its end, and no update followed.
-    rollout_was_broken_off: bool = False
-    _ranks: ProcessGroup = SINGLE_PROCESS
 
-    @property
-    def _place(self) -> RankInfo:
-        return detect_rank(one_of(True, False, None).check("distributed", self.distributed))
+def check_agreement(model: "ResumableAlgorithm", total_timesteps: int) -> None:
+    """
+    See that all processes have the same arguments and networks.
 
-    def set_random_seed(self, seed: int | None = None) -> None:
-        """
-        Seed all generators, in each process in another way.
+    :param model: the model
+    :param total_timesteps: steps to train for
+    :raises ValueError: they have not
+    """
+    named = {name: getattr(model, name) for name in model.argument_rules}
+    arguments = {name: "a schedule" if callable(value) else value for name, value in named.items()}
+    shapes = [tuple(tensor.shape) for tensor in model.policy.state_dict().values()]
+    own = {"algorithm": model.algorithm(), **arguments, "total_timesteps": total_timesteps, "shapes of the policy": shapes}
+    first, *others = model._ranks.gather_objects(own)
+    for rank, theirs in enumerate(others, start=1):
+        for name, value in theirs.items():
+            if name not in first or first[name] != value:
+                raise ValueError(f"{name}={value!r} of rank {rank} is not allowed: rank 0 has {first.get(name)!r}")
 
-        :param seed: the seed; process number r takes ``seed + 10_000 r``. None for none
-        """
-        rank = self._place.rank
-        if seed is None and rank > 0:
-            th.seed()  # torch begins with the same seed in every process
-        super().set_random_seed(None if seed is None else seed + SEED_STRIDE * rank)
 
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
-        self._ranks = join(self._place, self.n_envs, self.device, self.rank_timeout)
-        if self._ranks.size > 1:
-            self._check_agreement(total_timesteps)
-            self._take_from_first()
-        if self._ranks.rank > 0:
-            callback, progress_bar = kept_callbacks(callback), False
-            self.set_logger(Logger(folder=None, output_formats=[]))
-        with merged(_running_moments(self.env), self._ranks):
-            return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+def _fingerprints(model: "ResumableAlgorithm") -> dict[str, str]:
+    moments = [*running_moments_of(model.env), *running_moments_of(model)]
+    optimizer = [value for entry in model.policy.optimizer.state.values() for value in entry.values()]
+    return {
+        "parameters": _fingerprint(model.policy.state_dict().values()),
+        "state of the optimizer": _fingerprint(value for value in optimizer if isinstance(value, th.Tensor)),
+        "running statistics": _fingerprint(moment for rms in moments for moment in (rms.mean, rms.var, rms.count)),
+        "number of steps": str((model.num_timesteps, model._n_updates)),
+    }
 
-    def _take_from_first(self) -> None:
-        """Begin with the parameters and the running statistics of the first process."""
-        self._ranks.broadcast([*self.policy.parameters(), *self.policy.buffers()])
-        running = [*_running_moments(self.env), *_running_moments(self)]
-        first = self._ranks.gather_objects([vars(rms) for rms in running])[0]
-        for rms, values in zip(running, first, strict=True):
-            vars(rms).update(values)
 
-    def _check_agreement(self, total_timesteps: int) -> None:
-        """Raise an error if something that has to be the same in all processes is not."""
-        named = {name: getattr(self, name) for name in self.argument_rules}
-        arguments = {name: "a schedule" if callable(value) else value for name, value in named.items()}
-        shapes = [tuple(tensor.shape) for tensor in self.policy.state_dict().values()]
-        own = {"algorithm": self.algorithm(), **arguments, "total_timesteps": total_timesteps, "shapes of the policy": shapes}
-        first, *others = self._ranks.gather_objects(own)
-        for rank, theirs in enumerate(others, start=1):
-            for name, value in theirs.items():
-                if name not in first or first[name] != value:
-                    raise ValueError(f"{name}={value!r} of rank {rank} is not allowed: rank 0 has {first.get(name)!r}")
+def _take_part(model: "ResumableAlgorithm", collect: Callable[[], bool]) -> bool:
+    """
+    Collect a rollout in all processes, and combine their statistics.
 
-    def sync_signal(self, number: int | None) -> int | None:
-        """
-        A signal to stop, if any process has received one.
-
-        :param number: the signal that this process has received, if any
-        :return: one of those received
-        """
-        return int(self._ranks.max(th.tensor(number or 0))) or None
-
-    def _fingerprints(self) -> dict[str, str]:
-        moments = [*_running_moments(self.env), *_running_moments(self)]
-        optimizer = [value for entry in self.policy.optimizer.state.values() for value in entry.values()]
-        return {
-            "parameters": _fingerprint(self.policy.state_dict().values()),
-            "state of the optimizer": _fingerprint(value for value in optimizer if isinstance(value, th.Tensor)),
-            "running statistics": _fingerprint(moment for rms in moments for moment in (rms.mean, rms.var, rms.count)),
-            "number of steps": str((self.num_timesteps, self._n_updates)),
-        }
-
-    def _take_part(self, collect: Callable[[], bool]) -> bool:
-        """
-        Collect, while all others do, and bring together what all have seen.
-
-        :param collect: fills the buffer; returns False if a callback has stopped the training
-        :return: False if it was stopped in any process
-        """
-        steps_before, fingerprints = self.num_timesteps, self._fingerprints()
-        episodes_before: dict[str, Any] = {name: getattr(self, name) for name in EPISODE_BUFFERS}
-        for name, buffer in episodes_before.items():
-            setattr(self, name, deque(buffer))
-        with merged(_running_moments(self.env), self._ranks):
-            goes_on = collect()
-        episodes = {name: list(getattr(self, name))[len(buffer) :] for name, buffer in episodes_before.items()}
-        reports: list[Report] = self._ranks.gather_objects(
-            Report(goes_on, self.num_timesteps - steps_before, episodes, fingerprints)
-        )
-        check_fingerprints([report.fingerprints for report in reports])
-        self.num_timesteps = steps_before + sum(report.steps for report in reports)
-        for name, buffer in episodes_before.items():
-            ended = [episode for report in reports for episode in report.episodes[name]]
-            setattr(self, name, deque([*buffer, *ended], maxlen=buffer.maxlen))
-        return all(report.goes_on for report in reports)
-
-    # ---- files
-
-    def _write(
-        self, path: Source, exclude: Iterable[str] | None, include: Iterable[str] | None, members: dict[str, bytes]
-    ) -> None:
-        if self._place.rank == 0 or hasattr(path, "write"):
-            super()._write(path, exclude, include, members)
-
-    def _resume_states(self) -> list[dict[str, Any]]:
-        return [state for states in self._ranks.gather_objects(super()._resume_states()) for state in states]
-
-    def _restore_own(self, states: list[dict[str, Any]], statistics: Statistics | None, trust: bool) -> None:
-        place = self._place
-        if len(states) == place.size:
-            self._restore(states[place.rank], trust)
-            return
-        normalizer = self.get_vec_normalize_env()
-        if (normalizer is None) != (statistics is None):
-            raise MismatchError("of env and checkpoint one has VecNormalize, and the other does not")
-        if normalizer is not None and statistics is not None:
-            set_statistics(normalizer, statistics[1])
-        self._restore_counters(states[0])
-        self._last_obs = None
-        warnings.warn(
-            f"the checkpoint is of {len(states)} processes and goes on in {place.size}: parameters and statistics are as they "
-            "were, while environments begin new episodes and random generators new sequences",
-            stacklevel=4,
-        )
-        if self.seed is not None:
-            self.set_random_seed(self.seed + self.num_timesteps)
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_ranks", "rollout_was_broken_off"]
+    :param model: the model
+    :param collect: fills the buffer; returns False if a callback has stopped the training
+    :return: False if it was stopped in any process
+    """
+    steps_before, fingerprints = model.num_timesteps, _fingerprints(model)
+    episodes_before: dict[str, Any] = {name: getattr(model, name) for name in EPISODE_BUFFERS}
+    for name, buffer in episodes_before.items():
+        setattr(model, name, deque(buffer))
+    with merged(running_moments_of(model.env), model._ranks):
+        goes_on = collect()
+    episodes = {name: list(getattr(model, name))[len(buffer) :] for name, buffer in episodes_before.items()}
+    reports: list[Report] = model._ranks.gather_objects(
+        Report(goes_on, model.num_timesteps - steps_before, episodes, fingerprints)
+    )
+    check_fingerprints([report.fingerprints for report in reports])
+    model.num_timesteps = steps_before + sum(report.steps for report in reports)
+    for name, buffer in episodes_before.items():
+        ended = [episode for report in reports for episode in report.episodes[name]]
+        setattr(model, name, deque([*buffer, *ended], maxlen=buffer.maxlen))
+    return all(report.goes_on for report in reports)
 
 
 def synchronized(collect: Collect) -> Collect:
@@ -202,10 +120,11 @@ def synchronized(collect: Collect) -> Collect:
     """
 
     @functools.wraps(collect)
-    def method(algorithm: DistributedAlgorithm, *args: Any, **kwargs: Any) -> bool:
-        own = functools.partial(collect, algorithm, *args, **kwargs)
-        goes_on = own() if algorithm._ranks.size == 1 else algorithm._take_part(own)
-        algorithm.rollout_was_broken_off = not goes_on
+    def method(model: "ResumableAlgorithm", *args: Any, **kwargs: Any) -> bool:
+        own = functools.partial(collect, model, *args, **kwargs)
+        goes_on = own() if model._ranks.size == 1 else _take_part(model, own)
+        model.rollout_was_broken_off = not goes_on
+        model._iteration += goes_on
         return goes_on
 
     return cast("Collect", method)
@@ -238,7 +157,7 @@ def check_fingerprints(fingerprints: list[dict[str, str]]) -> None:
         if others:
             raise RankError(
                 others,
-                f"rank {', '.join(map(str, others))} has come to another {what} than the others; no update was made from this "
+                f"rank {', '.join(map(str, others))} diverged from the other ranks in: {what}; no update was made from this "
                 "rollout. All processes must start from the same file, and have the same hardware, versions and arguments",
             )
 
@@ -251,9 +170,14 @@ def _fingerprint(values: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def _running_moments(holder: VecEnv | SavedAlgorithm | None) -> list[RunningMeanStd]:
-    """The running moments that an environment's ``VecNormalize``, or an algorithm, keeps."""
-    if isinstance(holder, SavedAlgorithm):
+def running_moments_of(holder: VecEnv | BaseAlgorithm | None) -> list[RunningMeanStd]:
+    """
+    Return the running moments that an environment's ``VecNormalize``, or an algorithm, updates.
+
+    :param holder: the environment or the algorithm; None for none
+    :return: the moments
+    """
+    if isinstance(holder, BaseAlgorithm):
         return [value for value in vars(holder).values() if isinstance(value, RunningMeanStd)]
     normalizer = None if holder is None else unwrap_vec_normalize(holder)
     return [] if normalizer is None or not normalizer.training else list(running_moments(normalizer).values())

@@ -6,6 +6,7 @@ neither KL nor Fisher matrix, so the components are those before it.
 
 import copy
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
@@ -20,21 +21,36 @@ Components = tuple[TorchDistribution, ...]
 Copied = TypeVar("Copied")
 
 
+class _Validation:
+    """Torch's default is global: the first of several threads switches it off, and the last restores it."""
+
+    lock = threading.Lock()
+    n_users = 0
+    default = True
+
+
 @contextmanager
 def without_validation() -> Iterator[None]:
     """
     Switch off torch's checks of distribution arguments.
 
     They raise on the non-finite candidates that a line search is there to reject, and on a GPU each waits for the device.
+    Several threads may do so at once; the default is restored when the last has left.
 
     :return: context manager, also usable as a decorator
     """
-    previous = TorchDistribution._validate_args
-    TorchDistribution.set_default_validate_args(False)
+    with _Validation.lock:
+        if _Validation.n_users == 0:
+            _Validation.default = TorchDistribution._validate_args
+            TorchDistribution.set_default_validate_args(False)
+        _Validation.n_users += 1
     try:
         yield
     finally:
-        TorchDistribution.set_default_validate_args(previous)
+        with _Validation.lock:
+            _Validation.n_users -= 1
+            if _Validation.n_users == 0:
+                TorchDistribution.set_default_validate_args(_Validation.default)
 
 
 def joint_kl(old: Components, new: Components) -> th.Tensor:

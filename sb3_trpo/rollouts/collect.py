@@ -1,25 +1,13 @@
-"""Collecting a rollout: act first, evaluate afterwards.
+"""Writing a rollout into SB3's buffer: its steps, its truncated episodes, its advantages."""
 
-The policy's parameters do not change during a rollout, so values and log-probabilities need not be computed step by step:
-only acting happens then. Afterwards the whole rollout, the observation after it and the last observations of truncated
-episodes are evaluated in large batches. The buffer ends with the numbers that SB3's loop would have put there.
-"""
-
-from collections.abc import Callable
+import copy
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.utils import obs_as_tensor
 
-from sb3_trpo.actions import BoundedActionPolicy
-from sb3_trpo.optim.batch import RolloutBatch
-from sb3_trpo.rollouts.advantages import generalized_advantages
-from sb3_trpo.rollouts.buffers import ARRAY_BUFFERS
-from sb3_trpo.rollouts.samplers import Observations
+from sb3_trpo.rollouts.fast_step import Observations
 
 
 class Truncation(NamedTuple):
@@ -36,17 +24,43 @@ class Truncation(NamedTuple):
     observation: Any
 
 
-def supports_deferred_evaluation(policy: BasePolicy, buffer: RolloutBuffer) -> bool:
+def widen_observations(buffer: RolloutBuffer, observations: Observations) -> None:
     """
-    Whether a rollout can be evaluated after it was collected.
+    Make room in an empty buffer for observations that are not of their space's type, as those of ``VecNormalize``.
 
-    :param policy: the policy; one with a ``forward`` of its own must be asked at every step
-    :param buffer: the buffer; a class of the user's own must be filled by its own methods
-    :return: True for SB3's policies and buffers, and policies that change nothing but networks or distributions
+    SB3 acts on such observations, and then stores and trains on what is left of them in a float16 or an integer.
+
+    :param buffer: the buffer
+    :param observations: observations of the kind that is to be stored
     """
-    usual = (ActorCriticPolicy.forward, BoundedActionPolicy.forward, MaskableActorCriticPolicy.forward)
-    own_forward = "forward" in vars(policy) or type(policy).forward not in usual
-    return type(buffer) in ARRAY_BUFFERS and not own_forward
+    if isinstance(buffer, DictRolloutBuffer):
+        for key, stored in buffer.observations.items():
+            buffer.observations[key] = _widened(stored, observations[key])
+    else:
+        buffer.observations = _widened(buffer.observations, observations)  # type: ignore[arg-type]
+
+
+def _widened(stored: np.ndarray, values: np.ndarray) -> np.ndarray:
+    is_narrow = values.dtype.kind == "f" and not np.can_cast(values.dtype, stored.dtype)
+    return stored.astype(np.float32) if is_narrow and stored.dtype not in (np.float32, np.float64) else stored
+
+
+def write_decisions(buffer: RolloutBuffer, step: int, observations: Observations, actions: np.ndarray) -> None:
+    """
+    Write what was decided at a step into the buffer.
+
+    :param buffer: the buffer
+    :param step: its row
+    :param observations: observations that were acted on
+    :param actions: actions taken, before clipping
+    """
+    if isinstance(buffer, DictRolloutBuffer):
+        for key, stored in buffer.observations.items():
+            stored[step] = observations[key].reshape(stored[step].shape)
+    else:
+        stored = buffer.observations
+        stored[step] = observations.reshape(stored.shape[1:])  # type: ignore[union-attr]
+    buffer.actions[step] = actions.reshape(buffer.actions.shape[1:])
 
 
 def write_step(
@@ -58,7 +72,7 @@ def write_step(
     episode_starts: np.ndarray,
 ) -> None:
     """
-    Put one step of all environments into the buffer, but for what is evaluated later.
+    Write a step of all environments into the buffer, but for values and log-probabilities.
 
     :param buffer: the buffer
     :param step: its row
@@ -67,13 +81,7 @@ def write_step(
     :param rewards: rewards received
     :param episode_starts: whether each observation began an episode
     """
-    if isinstance(buffer, DictRolloutBuffer):
-        for key, stored in buffer.observations.items():
-            stored[step] = observations[key].reshape(stored[step].shape)
-    else:
-        stored = buffer.observations
-        stored[step] = observations.reshape(stored.shape[1:])  # type: ignore[union-attr]
-    buffer.actions[step] = actions.reshape(buffer.actions.shape[1:])
+    write_decisions(buffer, step, observations, actions)
     buffer.rewards[step] = rewards
     buffer.episode_starts[step] = episode_starts
     buffer.pos = step + 1
@@ -86,60 +94,18 @@ def find_truncations(step: int, dones: np.ndarray, infos: list[dict[str, Any]]) 
     :param step: step of the rollout
     :param dones: whether each environment's episode ended
     :param infos: what the environments said of the step
-    :return: the truncated ones, with their last observations
+    :return: the truncated ones, with copies of their last observations
     """
     return [
-        Truncation(step, int(env), infos[env]["terminal_observation"])
+        Truncation(step, int(env), copy.deepcopy(infos[env]["terminal_observation"]))
         for env in np.flatnonzero(dones)
         if infos[env].get("TimeLimit.truncated", False) and infos[env].get("terminal_observation") is not None
     ]
 
 
-@th.no_grad()
-def evaluate_rollout(
-    buffer: RolloutBuffer,
-    rollout: RolloutBatch,
-    evaluate: Callable[[RolloutBatch], tuple[th.Tensor, th.Tensor]],
-    predict_values: Callable[[Any], th.Tensor],
-    truncations: list[Truncation],
-    last_observations: Observations,
-    last_dones: np.ndarray,
-    max_batch_size: int | None,
-    value_scale: float,
-) -> th.Tensor:
-    """
-    Fill in values, log-probabilities, bootstrapped rewards, advantages and returns.
-
-    :param buffer: the buffer with all steps written
-    :param rollout: what is in it
-    :param evaluate: states and actions ↦ the critic's outputs and log π(a|s), by the policy that acted
-    :param predict_values: observations ↦ the critic's outputs
-    :param truncations: episodes that a time limit cut off
-    :param last_observations: observations after the last step
-    :param last_dones: whether the last step ended an episode
-    :param max_batch_size: most states to evaluate at once; None for no bound
-    :param value_scale: what the critic's outputs are multiplied with to give V
-    :return: V of the observations after the last step, shape ``(n_envs, 1)``
-    """
-    shape = buffer.rewards.shape
-    evaluated = [evaluate(chunk) for chunk in rollout.chunks(max_batch_size)]
-    buffer.values[:] = value_scale * th.cat([values.flatten() for values, _ in evaluated]).cpu().numpy().reshape(shape)
-    buffer.log_probs[:] = th.cat([log_probs for _, log_probs in evaluated]).cpu().numpy().reshape(shape)
-
-    final_values: list[float] = []
-    size = max_batch_size or max(len(truncations), 1)
-    for start in range(0, len(truncations), size):
-        batch = stack_observations([truncation.observation for truncation in truncations[start : start + size]])
-        final_values += (value_scale * predict_values(obs_as_tensor(batch, buffer.device))).flatten().tolist()
-    last_values = value_scale * predict_values(obs_as_tensor(last_observations, buffer.device))
-    bootstrap(buffer, truncations, final_values, last_values, last_dones)
-    return last_values
-
-
 def bootstrap(
     buffer: RolloutBuffer,
-    truncations: list[Truncation],
-    final_values: list[float],
+    bootstraps: list[tuple[Truncation, float]],
     last_values: th.Tensor,
     last_dones: np.ndarray,
 ) -> None:
@@ -149,13 +115,12 @@ def bootstrap(
     A truncated episode's last reward is increased by γV of its last observation, as in SB3.
 
     :param buffer: the buffer with all steps and their values written
-    :param truncations: episodes that a time limit cut off
-    :param final_values: V of the last observation of each of them
+    :param bootstraps: episodes that a time limit cut off, and V of the last observation of each
     :param last_values: V of the observations after the last step, shape ``(n_envs, 1)``
     :param last_dones: whether the last step ended an episode
     """
     buffer.full = True
-    for truncation, value in zip(truncations, final_values, strict=True):
+    for truncation, value in bootstraps:
         buffer.rewards[truncation.step, truncation.env] += buffer.gamma * value
     buffer.advantages = generalized_advantages(
         buffer.rewards,
@@ -167,6 +132,38 @@ def bootstrap(
         buffer.gae_lambda,
     )
     buffer.returns = buffer.advantages + buffer.values
+
+
+def generalized_advantages(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    episode_starts: np.ndarray,
+    last_values: np.ndarray,
+    last_dones: np.ndarray,
+    gamma: float,
+    gae_lambda: float,
+) -> np.ndarray:
+    """
+    Â_t = δ_t + γλ Â_{t+1} with δ_t = r_t + γ V(s_{t+1}) − V(s_t), both cut off where an episode ends.
+
+    Source: Schulman et al. 2016, equation 16.
+
+    :param rewards: r, shape ``(n_steps, n_envs)``
+    :param values: V of the observations, shape ``(n_steps, n_envs)``
+    :param episode_starts: 1 where an observation begins an episode, shape ``(n_steps, n_envs)``
+    :param last_values: V of the observations after the last step, shape ``(n_envs,)``
+    :param last_dones: whether the last step ended an episode, shape ``(n_envs,)``
+    :param gamma: discount γ
+    :param gae_lambda: λ
+    :return: advantages, shape ``(n_steps, n_envs)``
+    """
+    goes_on = 1.0 - np.concatenate([episode_starts[1:], last_dones[None].astype(np.float32)])
+    next_values = np.concatenate([values[1:], last_values[None]])
+    advantages = rewards + gamma * next_values * goes_on - values
+    decay = gamma * gae_lambda * goes_on
+    for step in range(len(rewards) - 2, -1, -1):
+        advantages[step] += decay[step] * advantages[step + 1]
+    return advantages
 
 
 def stack_observations(observations: list[Any]) -> Observations:

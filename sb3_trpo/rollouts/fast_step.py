@@ -1,11 +1,12 @@
-"""Stepping SB3's vectorised environments without their overhead, with the same numbers.
+"""Stepping SB3's vectorized environments without their overhead, with the same numbers.
 
 ``DummyVecEnv`` copies every observation and every info dictionary deeply at every step, and ``VecNormalize`` goes through
 NumPy's general-purpose mean, variance and clip. For two or eight environments that costs as much as the environments
-themselves. While a rollout is collected, both are stepped by the functions here. Anything else, subclasses included, is
-left alone.
+themselves. While a rollout is collected, both are stepped by the functions here. Anything else, subclasses and patched
+instances included, is left alone.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,43 +18,74 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
+from sb3_trpo.adapters.plain import are_original, has_patched_methods, remember
+
+Observations = np.ndarray | dict[str, np.ndarray]
+
+#: Types of which an info dictionary needs no copy.
+IMMUTABLE = {bool, int, float, complex, str, bytes, type(None), np.bool_, np.int32, np.int64, np.float32, np.float64}
+SUMMED_AS_THEY_ARE = (np.float64, np.float32)
+
+remember(DummyVecEnv, VecNormalize, RunningMeanStd)
+
 
 def fast_step_fn(env: VecEnv) -> Callable[[np.ndarray], VecEnvStepReturn]:
     """
-    The leanest way to step an environment.
+    Return the fastest function that steps an environment.
 
-    Info dictionaries are then copied one level deep, which is enough for an environment that makes a new one each step.
+    The observations that it returns are new arrays in C order, whatever the environment returns.
 
-    :param env: any vectorised environment
+    :param env: any vectorized environment
     :return: actions ↦ what ``env.step`` returns for them
     """
     wait = _lean_wait(env)
-    if wait is None:
-        return env.step
 
     def step(actions: np.ndarray) -> VecEnvStepReturn:
-        env.step_async(actions)
-        return wait()
+        if wait is not None:
+            env.step_async(actions)
+            return wait()
+        observations, rewards, dones, infos = env.step(actions)
+        return copy_observations(observations), rewards, dones, infos  # type: ignore[arg-type]
 
     return step
 
 
+def copy_observations(observations: Observations) -> Observations:
+    """
+    Copy observations into C order, whose strides depend on the shape alone.
+
+    Convolutions choose their algorithm, and so their rounding, by the strides. A copy is also safe from environments that
+    write every observation into the same array.
+
+    :param observations: one for each environment
+    :return: the copies
+    """
+    if isinstance(observations, dict):
+        return {key: np.array(value, order="C") for key, value in observations.items()}
+    return np.array(observations, order="C")
+
+
 def _lean_wait(layer: VecEnv) -> Callable[[], VecEnvStepReturn] | None:
-    """Find the lean counterpart of a layer's ``step_wait``, if it is of a class, and as its class made it, that has one."""
-    if not {"step", "step_async", "step_wait"}.isdisjoint(vars(layer)):
+    """Find the lean counterpart of a layer's ``step_wait``, if its class has one and nobody has patched it."""
+    if has_patched_methods(layer) or not are_original(type(layer)):
         return None
     if type(layer) is DummyVecEnv:
         return partial(step_dummy, layer)
-    if type(layer) is VecNormalize and not isinstance(layer.observation_space, spaces.Dict):
+    if type(layer) is VecNormalize and not isinstance(layer.observation_space, spaces.Dict) and _has_usual_moments(layer):
         return partial(step_normalize, layer, _lean_wait(layer.venv) or layer.venv.step_wait)
     return None
+
+
+def _has_usual_moments(layer: VecNormalize) -> bool:
+    moments = [layer.ret_rms, layer.obs_rms] if layer.norm_obs else [layer.ret_rms]
+    return all(type(each) is RunningMeanStd and not has_patched_methods(each) for each in moments)
 
 
 def step_dummy(env: DummyVecEnv) -> VecEnvStepReturn:
     """
     Step every environment with the actions that ``step_async`` has left.
 
-    :param env: the vectorised environment
+    :param env: the vectorized environment
     :return: observations, rewards, dones and infos, none of which later steps change
     """
     infos: list[dict[str, Any]] = []
@@ -62,21 +94,42 @@ def step_dummy(env: DummyVecEnv) -> VecEnvStepReturn:
         done = terminated or truncated
         info["TimeLimit.truncated"] = truncated and not terminated
         if done:
-            info["terminal_observation"] = obs
+            # SB3 copies it after the reset: too late where an environment writes all observations into one array.
+            info["terminal_observation"] = copy.deepcopy(obs)
             obs, env.reset_infos[index] = single.reset()
         env.buf_dones[index] = done
         env.buf_infos[index] = info
-        infos.append(info.copy())
+        infos.append(copy_info(info))
         env._save_obs(index, obs)
     observations = dict_to_obs(env.observation_space, {key: stored.copy() for key, stored in env.buf_obs.items()})
     return observations, env.buf_rews.copy(), env.buf_dones.copy(), infos
 
 
+def copy_info(info: dict[str, Any]) -> dict[str, Any]:
+    """
+    Copy an info dictionary as deeply as the environment could change it later.
+
+    :param info: the environment's own
+    :return: the copy
+    """
+    copies = info.copy()
+    if IMMUTABLE.issuperset(map(type, copies.values())):
+        return copies
+    for key, value in info.items():
+        if type(value) in IMMUTABLE:
+            continue
+        is_episode = type(value) is dict and all(type(item) in IMMUTABLE for item in value.values())  # of Monitor
+        if not is_episode and not (type(value) is np.ndarray and not value.dtype.hasobject):
+            return copy.deepcopy(info)
+        copies[key] = value.copy()
+    return copies
+
+
 def step_normalize(env: VecNormalize, step_inside: Callable[[], VecEnvStepReturn]) -> VecEnvStepReturn:
     """
-    Step the environment inside and normalise what it returns.
+    Step the environment inside and normalize what it returns.
 
-    :param env: the normalising wrapper, of one-array observations
+    :param env: the normalizing wrapper, of one-array observations
     :param step_inside: ``step_wait`` of the environment inside, or its lean counterpart
     :return: observations, rewards, dones and infos
     """
@@ -108,6 +161,9 @@ def update_moments(moments: RunningMeanStd, batch: np.ndarray) -> None:
     :param moments: the running mean and variance
     :param batch: the batch, shape ``(n_envs, ...)``
     """
+    if batch.dtype not in SUMMED_AS_THEY_ARE:  # NumPy's mean sums the others, such as float16, in a wider type
+        moments.update(batch)
+        return
     count = len(batch)
     mean = np.add.reduce(batch, axis=0) / count
     deviations = batch - mean

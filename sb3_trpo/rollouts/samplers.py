@@ -8,19 +8,17 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import BernoulliDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
 from sb3_trpo.actions import BoundedActionPolicy
-from sb3_trpo.adapters.models import actor_mlp
 from sb3_trpo.optim.mlp import MLP
-
-Observations = np.ndarray | dict[str, np.ndarray]
+from sb3_trpo.rollouts.eligibility import numpy_mlp, supports_deferred_evaluation
+from sb3_trpo.rollouts.fast_step import Observations
 
 
 class ActionSampler(Protocol):
-    """Something that acts for the policy."""
+    """Samples actions from the policy's distribution."""
 
     def __call__(self, observations: Observations, step: int) -> np.ndarray:
         """
@@ -32,43 +30,48 @@ class ActionSampler(Protocol):
         """
 
 
-def make_sampler(policy: ActorCriticPolicy, n_steps: int, n_envs: int, sde_sample_freq: int) -> ActionSampler:
+def make_sampler(policy: ActorCriticPolicy, n_steps: int, n_envs: int, sde_sample_freq: int) -> ActionSampler | None:
     """
-    The cheapest actor that samples from the policy's law.
+    Return the cheapest sampler of the policy's actions.
 
-    :param policy: the policy; its parameters must not change while the actor is used
+    :param policy: the policy; its parameters must not change while the sampler is used
     :param n_steps: steps in the rollout
     :param n_envs: number of environments
     :param sde_sample_freq: sample a new gSDE noise matrix every so many steps; -1 for once a rollout
-    :return: the actor
+    :return: the sampler; None if the policy must be asked for values and log-probabilities at every step as well
     """
-    return make_numpy_sampler(policy, n_steps, n_envs) or PolicyActionSampler(policy, n_envs, sde_sample_freq)
+    sampler = make_numpy_sampler(policy, n_steps, n_envs)
+    if sampler is not None:
+        return sampler
+    return PolicyActionSampler(policy, n_envs, sde_sample_freq) if supports_deferred_evaluation(policy) else None
 
 
 def make_numpy_sampler(policy: BasePolicy, n_steps: int, n_envs: int) -> "NumpyActionSampler | None":
     """
-    An actor that does without torch, for those policies that have one.
+    Return a sampler that does without torch, for policies that have one.
 
-    :param policy: the policy; its parameters must not change while the actor is used
+    :param policy: the policy; its parameters must not change while the sampler is used
     :param n_steps: steps in the rollout
     :param n_envs: number of environments
-    :return: the actor, or None
+    :return: the sampler, or None
     """
-    mlp = actor_mlp(policy)
-    lean = (
-        mlp is not None
-        and policy.device.type == "cpu"
-        and type(policy.observation_space) is spaces.Box
-        and not is_image_space(policy.observation_space)
-        and all(type(activation) in NUMPY_ACTIVATIONS for activation in mlp.activations)
-        and mlp.layers[0].weight.dtype == th.float32
-    )
-    return NumpyActionSampler(policy, mlp, n_steps, n_envs) if lean and mlp is not None else None
+    mlp = numpy_mlp(policy)
+    return None if mlp is None else NumpyActionSampler(policy, mlp, n_steps, n_envs)
+
+
+def resamples_noise(step: int, sde_sample_freq: int) -> bool:
+    """
+    Return True if gSDE samples its noise matrix at this step.
+
+    :param step: number of the step in the rollout
+    :param sde_sample_freq: sample a new matrix every so many steps; -1 for once a rollout
+    """
+    return step == 0 or (sde_sample_freq > 0 and step % sde_sample_freq == 0)
 
 
 def action_transform(policy: ActorCriticPolicy) -> Callable[[np.ndarray], np.ndarray]:
     """
-    What the environment gets for the policy's actions: bounded ones are scaled to the space, all others clipped to it.
+    Return the function that scales bounded actions to the action space, and clips all others to it.
 
     :param policy: the policy
     :return: actions of the policy ↦ actions of the environment
@@ -101,7 +104,7 @@ class PolicyActionSampler:
     def __call__(self, observations: Observations, step: int) -> np.ndarray:
         """See :class:`ActionSampler`."""
         policy = self._policy
-        if policy.use_sde and (step == 0 or (self._sde_sample_freq > 0 and step % self._sde_sample_freq == 0)):
+        if policy.use_sde and resamples_noise(step, self._sde_sample_freq):
             policy.reset_noise(self._n_envs)
         with th.no_grad():
             actions = policy.get_distribution(obs_as_tensor(observations, policy.device)).get_actions()
@@ -117,7 +120,9 @@ def _tanh(x: np.ndarray) -> np.ndarray:
     return np.tanh(x, out=x)
 
 
-NUMPY_ACTIVATIONS = {nn.Tanh: _tanh, nn.ReLU: _relu}
+ACTIVATIONS = {nn.Tanh: _tanh, nn.ReLU: _relu}
+#: Whatever torch's default type and device are.
+FLOAT32: dict[str, Any] = {"dtype": th.float32, "device": "cpu"}
 
 
 class NumpyActionSampler:
@@ -137,18 +142,18 @@ class NumpyActionSampler:
     def __init__(self, policy: BasePolicy, mlp: MLP, n_steps: int, n_envs: int) -> None:
         # Views of the parameters, not copies.
         self._weights = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in mlp.layers]
-        self._activations = [NUMPY_ACTIVATIONS[type(activation)] for activation in mlp.activations]
+        self._activations = [ACTIVATIONS[type(activation)] for activation in mlp.activations]
         self._space = policy.action_space
         shape = (n_steps, n_envs, mlp.layers[-1].out_features)
         distribution: Any = policy.action_dist
         #: Number of choices in each part of the action; None where it is not a choice.
         self._choices: list[int] | None = None
         if isinstance(self._space, spaces.Box):
-            noise = th.randn(shape) * policy.log_std.detach().exp()  # type: ignore[operator]
+            noise = th.randn(shape, **FLOAT32) * policy.log_std.detach().exp()  # type: ignore[operator]
         elif isinstance(distribution, BernoulliDistribution):
-            noise = th.rand(shape).logit(eps=1e-7)
+            noise = th.rand(shape, **FLOAT32).logit(eps=1e-7)
         else:
-            noise = -th.empty(shape).exponential_().log()
+            noise = -th.empty(shape, **FLOAT32).exponential_().log()
             self._choices = [shape[-1]] if isinstance(self._space, spaces.Discrete) else list(distribution.action_dims)
         self._noise = noise.numpy()
 

@@ -1,411 +1,102 @@
-"""Saving, loading and resuming: nothing lost, nothing let in."""
+"""Save models and checkpoints, and resume from a checkpoint exactly."""
 
-import difflib
-import inspect
 import io
 import json
 import pathlib
 import pickle
+import time
 import warnings
 import zipfile
-from collections.abc import Iterable
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.save_util import data_to_json
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import check_for_correct_spaces
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.type_aliases import GymEnv
 
-from sb3_trpo.arguments import Rule
-from sb3_trpo.errors import CorruptCheckpointError, MismatchError, Source, UntrustedFileError, WorkerError, name_of
-from sb3_trpo.rollouts.checks import EnvOutputCheck, kept_statistics
-from sb3_trpo.saving.archive import (
-    METADATA,
-    Archive,
-    Attributes,
-    check_parameters,
-    read_attributes,
-    read_bytes,
-    without_search_direction,
+from sb3_trpo.errors import (
+    CorruptCheckpointError,
+    MismatchError,
+    NamedBytes,
+    Source,
+    UntrustedFileError,
+    UsageError,
+    WorkerError,
+    name_of,
 )
+from sb3_trpo.saving.archive import METADATA, Archive, read_bytes
 from sb3_trpo.saving.atomic import atomic_write
-from sb3_trpo.saving.env_state import StateUnavailableError, capture_all, capture_wrappers, restore_all, restore_wrappers
-from sb3_trpo.saving.random_state import random_state, set_random_state, unchanged_random_state
-from sb3_trpo.saving.signals import release_signals
+from sb3_trpo.saving.env_state import StateUnavailableError
+from sb3_trpo.saving.layout import strides_of, with_strides
+from sb3_trpo.saving.random_state import set_random_state
 from sb3_trpo.saving.unpickling import RefusedError, restricted_loads
-from sb3_trpo.saving.vec_normalize import STATISTICS, Statistics, pack_statistics, read_statistics, warn_of_mismatch
+from sb3_trpo.saving.vec_env_state import capture_all, capture_wrappers, restore_all, restore_wrappers
+from sb3_trpo.saving.vec_normalize import STATISTICS, Statistics, pack_statistics, read_statistics, set_statistics
+
+if TYPE_CHECKING:
+    from sb3_trpo.base import ResumableAlgorithm
 
 RESUME = "sb3_trpo_resume.pkl"
-#: Where the environments of a process are: attributes that a file has for one process alone.
-PLACE = ("_last_obs", "_last_original_obs", "_last_episode_starts")
-#: An attribute by which a file of SB3 or sb3-contrib can be told, for they do not say whose it is; the first that is there.
-MARKS = {
-    "top_quantiles_to_drop_per_net": "TQC",
-    "delta_std": "ARS",
-    "exploration_fraction": "DQN",
-    "target_policy_noise": "TD3",
-    "target_entropy": "SAC",
-    "clip_range": "PPO",
-    "cg_max_steps": "TRPO",
-    "gae_lambda": "A2C",
-}
+#: Attributes that each process has of its own: the present step of its environments.
+PER_RANK_ATTRIBUTES = ("_last_obs", "_last_original_obs", "_last_episode_starts")
+AnyModel = TypeVar("AnyModel", bound="ResumableAlgorithm")
+#: SB3's ``save`` of a model: file object, attributes to leave out, attributes to save nevertheless.
+SB3Save = Callable[[io.BytesIO, set[str], set[str]], None]
 
-SelfSaved = TypeVar("SelfSaved", bound="SavedAlgorithm")
+# ---- saving
 
 
-class SavedAlgorithm(OnPolicyAlgorithm):
-    """An on-policy algorithm whose files are written whole, read without running code, and resumed exactly."""
+def save_model(
+    model: "ResumableAlgorithm",
+    save: SB3Save,
+    path: Source,
+    exclude: Iterable[str] | None = None,
+    include: Iterable[str] | None = None,
+    members: dict[str, bytes] | None = None,
+    about: dict[str, Any] | None = None,
+) -> None:
+    """
+    Write a model's file; processes other than the first write to file objects alone.
 
-    #: What the constructor allows, by argument.
-    argument_rules: ClassVar[dict[str, Rule]] = {}
-    #: Values that the next write of the log is to hold, from before the checkpoint that the model was resumed from.
-    _pending_log: list[dict[str, Any]] | None = None
-    #: Updates logged before that.
-    _iterations_before: int = 0
-    _iteration: int = 0
+    :param model: the model
+    :param save: SB3's ``save`` of the model
+    :param path: file or file object
+    :param exclude: further attributes to leave out
+    :param include: attributes to save although they usually are not
+    :param members: further members of the file
+    :param about: further metadata
+    :raises PicklingError: an attribute cannot be saved; names it
+    :raises OSError: the file cannot be written
+    """
+    if model._place.rank > 0 and not hasattr(path, "write"):
+        return
+    contents = _sb3_contents(model, save, set(exclude or ()), set(include or ()))
+    normalizer = model.get_vec_normalize_env()
+    metadata = {"algorithm": model.algorithm(), "vec_normalize": normalizer is not None, **(about or {})}
+    with zipfile.ZipFile(contents, "a") as archive:
+        archive.writestr(METADATA, json.dumps(metadata))
+        if normalizer is not None:
+            archive.writestr(STATISTICS, pack_statistics(normalizer))
+        for name, member in (members or {}).items():
+            archive.writestr(name, member)
+    if not isinstance(path, (str, pathlib.Path)):
+        path.write(contents.getvalue())
+        return
+    with atomic_write(_destination(pathlib.Path(path))) as file:
+        file.write(contents.getvalue())
 
-    @classmethod
-    def algorithm(cls) -> str:
-        """
-        Name of the algorithm: that of the class in this package that a user's own may be derived from.
 
-        :return: the name
-        """
-        return next(base.__name__ for base in cls.__mro__ if base.__module__.partition(".")[0] == "sb3_trpo")
-
-    # ---- saving
-
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """
-        Save the model, and the statistics of its ``VecNormalize``, in SB3's format.
-
-        An older file of that name is there until the new one is complete, and stays if anything goes wrong.
-
-        :param path: file, to which ``.zip`` is added if it has no ending, or file object
-        :param exclude: further attributes to leave out
-        :param include: attributes to save although they usually are not
-        :raises PicklingError: an attribute cannot be saved; names it
-        :raises OSError: the file cannot be written
-        """
-        self._write(path, exclude, include, {})
-
-    def save_checkpoint(self, path: str | pathlib.Path) -> None:
-        """
-        Save all that :meth:`resume` needs to go on as if there had been no break. It is a model's file as well.
-
-        To be called between two updates, as ``CheckpointCallback`` does.
-
-        :param path: file, to which ``.zip`` is added if it has no ending
-        :raises PicklingError: an attribute cannot be saved; names it
-        :raises OSError: the file cannot be written
-        """
-        self._write(path, None, None, {RESUME: pickle.dumps(self._resume_states())})
-
-    def _resume_states(self) -> list[dict[str, Any]]:
-        """What to restore in each process that trains."""
-        return [self._resume_state()]
-
-    def _resume_state(self) -> dict[str, Any]:
-        log = self._pending_log
-        if log is None and hasattr(self, "_logger"):
-            log = [dict(values) for values in self._logger_state()]
-        state = {
-            "random": random_state(),
-            "action_space": self.action_space,  # with its generator, which loading a model seeds anew
-            "place": {name: getattr(self, name) for name in PLACE},
-            "iteration": self._iteration,
-            "log": log,
-            "envs": None,
-        }
-        if self.env is None:
-            return {**state, "reason": "the model has no environment"}
-        try:
-            return {**state, "wrappers": capture_wrappers(self.env), "envs": capture_all(self.env)}
-        except StateUnavailableError as error:
-            return {**state, "reason": str(error)}
-
-    def _logger_state(self) -> list[dict[str, Any]]:
-        """Find what the next write of the log will hold: values, how many were averaged, and which outputs leave them out."""
-        return [self.logger.name_to_value, self.logger.name_to_count, self.logger.name_to_excluded]
-
-    def _write(
-        self, path: Source, exclude: Iterable[str] | None, include: Iterable[str] | None, members: dict[str, bytes]
-    ) -> None:
-        exclude, include = set(exclude or ()), set(include or ())
-        buffer = io.BytesIO()
-        try:
-            super().save(buffer, exclude, include)
-        except Exception as error:
-            for name, value in vars(self).items():
-                if name not in (exclude | set(self._excluded_save_params())) - include:
-                    _check_picklable(name, value)
-            raise error
-        normalizer = self.get_vec_normalize_env()
-        about = {"algorithm": self.algorithm(), "vec_normalize": normalizer is not None}
-        with zipfile.ZipFile(buffer, "a") as archive:
-            archive.writestr(METADATA, json.dumps(about))
-            if normalizer is not None:
-                archive.writestr(STATISTICS, pack_statistics(normalizer))
-            for name, contents in members.items():
-                archive.writestr(name, contents)
-        if not isinstance(path, (str, pathlib.Path)):
-            path.write(buffer.getvalue())
-            return
-        with atomic_write(_destination(pathlib.Path(path))) as file:
-            file.write(buffer.getvalue())
-
-    # ---- loading
-
-    @classmethod
-    def load(
-        cls: type[SelfSaved],
-        path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | str | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        *,
-        trust: bool = False,
-        allow_non_finite: bool = False,
-        **kwargs: Any,
-    ) -> SelfSaved:
-        """
-        Load a model that this class, or sb3-contrib's TRPO, has saved. The global random generators stay as they are.
-
-        Nothing in the file is run: an entry that asks for more than SB3's own classes and plain data is refused. A model of
-        sb3-contrib keeps its parameters and optimizer state. Its ``target_kl`` and ``cg_damping`` refer to a KL averaged over
-        action dimensions; they are multiplied by the number of dimensions, with a warning that says so.
-
-        :param path: file, with or without ``.zip``, or file object
-        :param env: environment to go on with, or its registered name; None if predictions are all that is needed
-        :param device: device of the networks
-        :param custom_objects: attribute name ↦ object to use instead of the saved one
-        :param print_system_info: print the versions that saved the file, and the present ones
-        :param force_reset: reset the environment before training goes on
-        :param trust: read a file with entries of any class, which may run code of the file's author
-        :param allow_non_finite: load parameters that hold a NaN or an infinity
-        :param kwargs: attributes to change, by name
-        :return: the model
-        :raises UntrustedFileError: reading an entry may run code; names the entry, and what it asks for
-        :raises CorruptCheckpointError: the file is damaged; names the damaged member
-        :raises NonFiniteError: a parameter is not finite
-        :raises TypeError: there is no attribute of a name in ``kwargs``
-        :raises MismatchError: the environment has other spaces than the model
-        :raises ValueError: the file holds a model of another algorithm
-        """
-        archive = Archive(read_bytes(path), path)
-        attributes = read_attributes(archive, path, dict(custom_objects or {}), trust)
-        about = archive.read_json(METADATA) if METADATA in archive.names else {}
-        cls._check_algorithm(attributes.names, about, path)
-        cls._check_names(kwargs, attributes.names)
-        cls._check_values(attributes.values, {*kwargs, *(custom_objects or ())}, path)
-        check_parameters(archive, path, allow_non_finite)
-        if env is not None:
-            env = cls._wrap_env(maybe_make_env(env, 0))
-            _check_spaces(env, attributes)
-        with unchanged_random_state():
-            try:
-                model = super().load(
-                    io.BytesIO(without_search_direction(archive)),
-                    env,
-                    device,
-                    attributes.values,
-                    print_system_info,
-                    force_reset,
-                    **kwargs,
-                )
-            except Exception as error:
-                if trust or kwargs or custom_objects:
-                    raise
-                raise CorruptCheckpointError(path, "data", f"it does not make a model ({error!r})") from error
-        model._loaded(attributes, keep={*kwargs, *(custom_objects or ())})
-        if isinstance(env, VecEnv) and about:
-            statistics = read_statistics(archive, path)
-            warn_of_mismatch(statistics and statistics[1], model.get_vec_normalize_env())
-        return model
-
-    def _loaded(self, attributes: Attributes, keep: set[str]) -> None:
-        """
-        Change what has to be changed in a model that was just loaded.
-
-        :param attributes: the saved attributes
-        :param keep: names of those that the user has given
-        """
-
-    @classmethod
-    def _check_algorithm(cls, names: set[str], about: dict[str, Any], path: Source) -> None:
-        saved = about.get("algorithm") or next(
-            (theirs for mark, theirs in MARKS.items() if mark in names), "another algorithm"
-        )
-        if saved != cls.algorithm():
-            raise ValueError(f"{name_of(path)} holds a model of {saved}, not of {cls.algorithm()}")
-
-    @classmethod
-    def _check_values(cls, values: dict[str, Any], given: set[str], path: Source) -> None:
-        for name, rule in cls.argument_rules.items():
-            if name in values and name not in given and not rule.holds(values[name]):
-                raise CorruptCheckpointError(
-                    path, "data", f"{name}={values[name]!r} is not allowed: it must be {rule.allowed}"
-                )
-
-    @classmethod
-    def _check_names(cls, kwargs: dict[str, Any], saved: set[str]) -> None:
-        known = saved.union(*(inspect.signature(base).parameters for base in cls.__mro__ if issubclass(base, SavedAlgorithm)))
-        for name in kwargs:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise TypeError(f"load() got an unexpected keyword argument {name!r}{hint}")
-
-    # ---- resuming
-
-    @classmethod
-    def resume(
-        cls: type[SelfSaved],
-        path: str | pathlib.Path,
-        env: GymEnv | str,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        *,
-        trust: bool = False,
-    ) -> SelfSaved:
-        """
-        Go on from a checkpoint as if there had been no break.
-
-        Restored are the parameters, the optimizer, schedules and their horizon, counters, episode statistics, values waiting
-        to be logged, wrappers such as ``VecNormalize``, all random generators, and the environments' inner state. Continue
-        with ``model.learn(model.remaining_timesteps, reset_num_timesteps=False)``.
-
-        :param path: file of :meth:`save_checkpoint`
-        :param env: environment made as the first one was, or its registered name
-        :param device: device of the networks
-        :param custom_objects: attribute name ↦ object to use instead of the saved one, for schedules that are functions
-        :param trust: read a file with entries of any class, which may run code of the file's author
-        :return: the model
-        :raises CorruptCheckpointError: the file is damaged, or no checkpoint
-        :raises UntrustedFileError: reading an entry may run code
-        :raises MismatchError: the environment differs from the one of the checkpoint
-        """
-        contents = read_bytes(path)
-        archive = Archive(contents, path)
-        try:
-            states: list[dict[str, Any]] = restricted_loads(archive.read(RESUME))
-        except RefusedError as error:
-            raise UntrustedFileError(path, RESUME, error.what) from error
-        except CorruptCheckpointError:
-            raise
-        except Exception as error:
-            raise CorruptCheckpointError(path, RESUME, error) from error
-        venv = cls._wrap_env(maybe_make_env(env, 0))
-        with warnings.catch_warnings():
-            # The statistics are about to be restored.
-            warnings.filterwarnings("ignore", message=".*VecNormalize")
-            model = cls.load(io.BytesIO(contents), venv, device, custom_objects, force_reset=False, trust=trust)
-        venv.reset()
-        try:
-            model._restore_own(states, read_statistics(archive, path), trust)
-        except (MismatchError, WorkerError):
-            raise
-        except RefusedError as error:
-            remedy = "trust=True resumes from a file of your own."
-            raise UntrustedFileError(path, f"{RESUME} (environments)", error.what, remedy) from error
-        except Exception as error:
-            raise CorruptCheckpointError(path, RESUME, f"its state does not fit ({error!r})") from error
-        return model
-
-    def _restore_own(self, states: list[dict[str, Any]], statistics: Statistics | None, trust: bool) -> None:
-        """
-        Restore the state of this process, one of those that train together.
-
-        :param states: states of the processes that the checkpoint is from
-        :param statistics: settings and statistics of their ``VecNormalize``
-        :param trust: as for :meth:`resume`
-        """
-        (state,) = states
-        self._restore(state, trust)
-
-    def _restore_counters(self, state: dict[str, Any]) -> None:
-        self._iterations_before = self._iteration = state["iteration"]
-        self._pending_log = state["log"]
-
-    def _restore(self, state: dict[str, Any], trust: bool) -> None:
-        assert self.env is not None
-        self._restore_counters(state)
-        self.action_space = state["action_space"]
-        vars(self).update(state["place"])
-        if self._last_obs is None or len(self._last_episode_starts) != self.env.num_envs:  # type: ignore[arg-type]
-            saved = "none" if self._last_obs is None else len(self._last_episode_starts)  # type: ignore[arg-type]
-            raise MismatchError(f"env has {self.env.num_envs} environments, the checkpoint {saved}")
-        if "wrappers" in state:
-            restore_wrappers(self.env, state["wrappers"], trust)
-        if state["envs"] is None:
-            self._last_obs = None
-            warnings.warn(
-                f"the environments begin new episodes, for their state was not in reach: {state['reason']}", stacklevel=3
-            )
-        else:
-            restore_all(self.env, state["envs"], trust)
-        set_random_state(state["random"])
-
-    @property
-    def remaining_timesteps(self) -> int:
-        """Environment steps from here to the horizon of the last call of ``learn``."""
-        return max(self._total_timesteps - self.num_timesteps, 0)
-
-    def learn(
-        self: SelfSaved,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "OnPolicyAlgorithm",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfSaved:
-        """See :meth:`OnPolicyAlgorithm.learn`; whatever ends it, signals are treated afterwards as before."""
-        try:
-            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-        finally:
-            release_signals()
-
-    def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        reset_num_timesteps: bool = True,
-        tb_log_name: str = "run",
-        progress_bar: bool = False,
-    ) -> tuple[int, BaseCallback]:
-        with kept_statistics(self.env):
-            result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-            if self.env is not None:
-                EnvOutputCheck(self.env, self.num_timesteps).check_start(self._last_obs)
-        if reset_num_timesteps:
-            self._iterations_before = 0
-        elif self._pending_log is not None:
-            for values, restored in zip(self._logger_state(), self._pending_log, strict=True):
-                values.update(restored)
-        self._pending_log = None
-        return result
-
-    def dump_logs(self, iteration: int = 0) -> None:
-        """
-        Write the log.
-
-        :param iteration: number of the update since ``learn`` was called
-        """
-        self._iteration = self._iterations_before + iteration
-        super().dump_logs(self._iteration)
+def _sb3_contents(model: "ResumableAlgorithm", save: SB3Save, exclude: set[str], include: set[str]) -> io.BytesIO:
+    contents = io.BytesIO()
+    try:
+        save(contents, exclude, include)
+    except Exception as error:
+        for name, value in vars(model).items():
+            if name not in (exclude | set(model._excluded_save_params())) - include:
+                _check_picklable(name, value)
+        raise error
+    return contents
 
 
 def _check_picklable(name: str, value: Any) -> None:
@@ -415,22 +106,212 @@ def _check_picklable(name: str, value: Any) -> None:
         raise pickle.PicklingError(f"attribute {name!r} cannot be saved: {error}; exclude=[{name!r}] leaves it out") from error
 
 
-def _check_spaces(env: VecEnv, attributes: Attributes) -> None:
-    observation, action = (attributes.values.get(name) for name in ("observation_space", "action_space"))
-    if not (isinstance(observation, spaces.Space) and isinstance(action, spaces.Space)):  # damaged, or left to SB3
-        return
-    try:
-        check_for_correct_spaces(env, observation, action)
-    except ValueError as error:
-        raise MismatchError(str(error)) from error
-
-
 def _destination(path: pathlib.Path) -> pathlib.Path:
-    """Where SB3 puts a file that is to be saved as ``path``."""
+    """Return the file that SB3 writes for ``path``."""
     if path.suffix == "":
         path = path.with_name(f"{path.name}.zip")
     if path.is_dir():
-        warnings.warn(f"{path} is a folder: saved as {path}_2 instead", stacklevel=5)
+        warnings.warn(f"{path} is a folder: saved as {path}_2 instead", stacklevel=4)
         path = path.with_name(f"{path.name}_2")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def save_checkpoint(model: "ResumableAlgorithm", save: SB3Save, path: str | pathlib.Path) -> None:
+    """
+    Write a model's file with the state of its training, which all processes contribute to.
+
+    :param model: the model
+    :param save: SB3's ``save`` of the model
+    :param path: the file
+    :raises PicklingError: an attribute cannot be saved; names it
+    :raises OSError: the file cannot be written
+    """
+    states = model._ranks.gather_objects(model.get_extra_state())
+    about = {"run": model.run_id, "written": time.time_ns()}
+    save_model(model, save, path, members={RESUME: pickle.dumps(states)}, about=about)
+
+
+def capture_state(model: "ResumableAlgorithm") -> dict[str, Any]:
+    """
+    Return what a checkpoint holds in addition to a saved model.
+
+    :param model: the model
+    :return: plain data and NumPy arrays, by name
+    """
+    log = model._pending_log if model._resumed else None
+    if log is None and hasattr(model, "_logger"):
+        log = [dict(values) for values in logger_state(model)]
+    random, callbacks_random = model._callback_stream.states()
+    place = {name: getattr(model, name) for name in PER_RANK_ATTRIBUTES}
+    return {
+        "random": random,
+        "callbacks_random": callbacks_random,
+        "action_space": model.action_space,  # with its generator, which loading a model seeds anew
+        "place": place,
+        "strides": {name: strides_of(value) for name, value in place.items()},
+        "iteration": model._iteration,
+        "run": model.run_id,
+        "log": log,
+        **_environment_state(model),
+    }
+
+
+def _environment_state(model: "ResumableAlgorithm") -> dict[str, Any]:
+    if model.env is None:
+        return {"wrappers": {}, "envs": None, "reason": "the model has no environment"}
+    wrappers = capture_wrappers(model.env)
+    lost = [name for name, state in wrappers.items() if state is None]
+    if lost:
+        return {"wrappers": wrappers, "envs": None, "reason": f"the wrapper {lost[0]} cannot be pickled"}
+    try:
+        return {"wrappers": wrappers, "envs": capture_all(model.env)}
+    except StateUnavailableError as error:
+        return {"wrappers": wrappers, "envs": None, "reason": str(error)}
+
+
+def logger_state(model: "ResumableAlgorithm") -> list[dict[str, Any]]:
+    """
+    Return what the next write of the log will hold.
+
+    :param model: the model
+    :return: values, how many are averaged, and which outputs exclude them
+    """
+    return [model.logger.name_to_value, model.logger.name_to_count, model.logger.name_to_excluded]
+
+
+def read_run(path: pathlib.Path) -> tuple[str, int]:
+    """
+    Find out which run a checkpoint is of, and when it was written.
+
+    :param path: the file
+    :return: :attr:`ResumableAlgorithm.run_id`, empty if it is not known, and nanoseconds since 1970
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(METADATA) as member:
+            about = json.loads(member.read(2**16))
+        return str(about["run"]), int(about["written"])
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):  # damaged, or of an earlier version
+        return "", path.stat().st_mtime_ns
+
+
+# ---- resuming
+
+
+def resume_model(
+    cls: type[AnyModel],
+    path: Source,
+    env: GymEnv | str,
+    device: th.device | str,
+    custom_objects: dict[str, Any] | None,
+    trust: bool,
+) -> AnyModel:
+    """
+    Load a model with the state of its training; see :meth:`ResumableAlgorithm.resume`.
+
+    :param cls: its class
+    :param path: the file
+    :param env: environment made as the first one was, or its registered name
+    :param device: device of the networks
+    :param custom_objects: attribute name ↦ object to use instead of the saved one
+    :param trust: read entries of any class
+    :return: the model
+    """
+    archive = Archive(read_bytes(path), path)
+    states = _read_states(archive, path, cls.__name__)
+    venv = cls._wrap_env(maybe_make_env(env, 0))
+    with warnings.catch_warnings():
+        # The statistics are about to be restored.
+        warnings.filterwarnings("ignore", message=".*VecNormalize")
+        contents = NamedBytes(archive.contents, path)
+        model = cls.load(contents, venv, device, custom_objects, force_reset=False, trust=trust)
+    venv.reset()
+    try:
+        _restore_rank(model, states, read_statistics(archive, path), trust)
+    except (MismatchError, WorkerError):
+        raise
+    except RefusedError as error:
+        remedy = "trust=True resumes from a file of your own."
+        raise UntrustedFileError(path, f"{RESUME} (environments)", error.what, remedy) from error
+    except Exception as error:
+        raise CorruptCheckpointError(path, RESUME, f"its state does not fit ({error!r})") from error
+    return model
+
+
+def _read_states(archive: Archive, path: Source, algorithm: str) -> list[dict[str, Any]]:
+    if RESUME not in archive.names and "data" in archive.names:
+        raise UsageError(
+            f"{name_of(path)} is a model without the state of its training, as save() writes it. To continue it from new "
+            f"episodes, call {algorithm}.load({name_of(path)!r}, env=env).learn(steps, reset_num_timesteps=False). "
+            "Only files of save_checkpoint() and CheckpointCallback can be resumed"
+        )
+    try:
+        states: list[dict[str, Any]] = restricted_loads(archive.read(RESUME))
+    except RefusedError as error:
+        raise UntrustedFileError(path, RESUME, error.what) from error
+    except CorruptCheckpointError:
+        raise
+    except Exception as error:
+        raise CorruptCheckpointError(path, RESUME, error) from error
+    return states
+
+
+def _restore_rank(
+    model: "ResumableAlgorithm", states: list[dict[str, Any]], statistics: Statistics | None, trust: bool
+) -> None:
+    """Restore the state of this process, one of those that train together."""
+    normalizer, place = model.get_vec_normalize_env(), model._place
+    if (normalizer is None) != (statistics is None):
+        raise MismatchError("the wrappers differ: either env or the checkpoint has VecNormalize, and the other does not")
+    if normalizer is not None and statistics is not None:
+        set_statistics(normalizer, statistics[1])
+    if len(states) == place.size:
+        model.set_extra_state(states[place.rank], trust)
+        return
+    _restore_counters(model, states[0])
+    model._last_obs = None
+    warnings.warn(
+        f"the checkpoint of {len(states)} processes is resumed in {place.size}: parameters and statistics are restored, "
+        "environments start new episodes, and random generators new sequences",
+        stacklevel=4,
+    )
+    if model.seed is not None:
+        model.set_random_seed(model.seed + model.num_timesteps)
+
+
+def _restore_counters(model: "ResumableAlgorithm", state: dict[str, Any]) -> None:
+    model._resumed, model._iteration, model._pending_log = True, state["iteration"], state["log"]
+    model._run_id = state.get("run", "")
+
+
+def restore_state(model: "ResumableAlgorithm", state: dict[str, Any], trust: bool) -> None:
+    """
+    Restore what :func:`capture_state` returned.
+
+    :param model: the model
+    :param state: the state
+    :param trust: read entries of any class
+    :raises MismatchError: the environment differs from the one of the checkpoint
+    """
+    assert model.env is not None
+    _restore_counters(model, state)
+    if state["action_space"] != model.action_space:
+        raise MismatchError("the checkpoint has another action space than its own model")
+    model.action_space = state["action_space"]
+    for name in PER_RANK_ATTRIBUTES:
+        setattr(model, name, with_strides(state["place"][name], state.get("strides", {}).get(name)))
+    if model._last_obs is None or len(model._last_episode_starts) != model.env.num_envs:  # type: ignore[arg-type]
+        saved = "none" if model._last_obs is None else len(model._last_episode_starts)  # type: ignore[arg-type]
+        raise MismatchError(f"env has {model.env.num_envs} environments, the checkpoint {saved}")
+    if "wrappers" in state:
+        restore_wrappers(model.env, state["wrappers"], trust)
+    if state["envs"] is None:
+        model._last_obs = None
+        warnings.warn(
+            f"the environments start new episodes, because their state could not be captured: {state['reason']}",
+            stacklevel=5,
+        )
+    else:
+        restore_all(model.env, state["envs"], trust)
+    model._callback_stream.reset(state.get("callbacks_random"))
+    set_random_state(state["random"])

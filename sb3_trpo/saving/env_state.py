@@ -1,203 +1,170 @@
-"""The inner state of environments, to be put into others of the same make so that they go on as these would.
+"""
+The inner state of environments: captured in one, restored into another that was made in the same way.
 
-An environment and its wrappers are Python objects. Their state is taken to be their attributes, but for those that do not
-change (:data:`CONSTANTS`, functions) and for MuJoCo's data, of which every array is copied. An environment with a state
-elsewhere, as in a library of its own, or with one that cannot be pickled, can say itself what its state is, by a pair of
-methods ``get_state()`` and ``set_state(state)``; such a pair speaks for everything inside as well.
+An environment and its wrappers are Python objects. Their state is their attributes, except those that never change
+(:data:`CONSTANTS`, functions) and MuJoCo's data, of which every array is copied. An environment whose state is elsewhere (in
+a library of its own) or cannot be pickled can define it with two methods, ``get_state()`` and ``set_state(state)``. They
+speak for everything inside that environment or wrapper as well.
 """
 
 import functools
 import io
 import pickle
 import types
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.utils import EzPickle
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from sb3_trpo.errors import MismatchError
-from sb3_trpo.saving.unpickling import RestrictedUnpickler
+from sb3_trpo.saving.unpickling import RefusedError, RestrictedUnpickler
 
-#: Attributes that hold no state: what is inside, what the environment was made from, what it is shown and logged with.
+#: Attributes without state: wrapped environments, constructor arguments, rendering and logging.
 CONSTANTS = {
     *("env", "venv", "spec", "_cached_spec", "metadata", "_metadata", "class_attributes", "render_mode"),
     *("_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs", "reset_infos", "_seeds", "_options"),
     *("mujoco_renderer", "screen", "clock", "surf", "results_writer", "t_start"),
 }
 CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, functools.partial, type)
+#: Class name of an environment that a worker of SB3's own ``SubprocVecEnv`` holds, where it cannot be asked for.
+IN_WORKER = "an environment in a worker"
 
 
 class StateUnavailableError(Exception):
-    """The state of an environment cannot be had; the message says why."""
-
-
-def capture(env: Any) -> bytes:
-    """
-    Take the state of an environment.
-
-    :param env: the environment, with all its wrappers
-    :return: the state
-    :raises StateUnavailableError: it cannot be had
-    """
-    return _capture(_layers(env))
-
-
-def restore(env: Any, state: bytes, trust: bool = False) -> None:
-    """
-    Put a state into an environment.
-
-    :param env: an environment of the same make, which has been reset
-    :param state: as :func:`capture` gives it
-    :param trust: unpickle objects of any class, which may run code
-    :raises RefusedError: the state needs a class that is not known to be harmless, and ``trust`` is False
-    :raises MismatchError: the environment is of another make
-    """
-    _restore(_layers(env), state, trust)
+    """The state of an environment cannot be captured; the message says why."""
 
 
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any]):
     """
-    Gives an environment ``get_state`` and ``set_state``, so that its state can be had from another process.
+    Give an environment ``get_state`` and ``set_state``, so that its state can be captured from another process.
 
-    For SB3's ``SubprocVecEnv``: ``make_vec_env(..., vec_env_cls=SubprocVecEnv, wrapper_class=ResumableEnv)``.
+    For SB3's ``SubprocVecEnv``: ``make_vec_env(..., vec_env_cls=SubprocVecEnv, wrapper_class=ResumableEnv)``. It adds nothing
+    to the state: a checkpoint of environments with it resumes in environments without it, and the other way round.
 
     :param env: the environment
     """
 
     def get_state(self) -> bytes:
         """
-        Take the state of what is inside.
+        Capture the state of the wrapped environment.
 
         :return: the state
+        :raises StateUnavailableError: it cannot be captured
         """
         return capture(self.env)
 
     def set_state(self, state: bytes, trust: bool = False) -> None:
         """
-        Put a state into what is inside.
+        Restore the state of the wrapped environment.
 
-        :param state: as :meth:`get_state` gives it
+        :param state: as :meth:`get_state` returns it
         :param trust: as for :func:`restore`
+        :raises RefusedError: as for :func:`restore`
+        :raises MismatchError: as for :func:`restore`
         """
         restore(self.env, state, trust)
 
+    def try_get_state(self) -> "bytes | Failure":
+        """
+        Capture the state in a worker, which an exception would end.
 
-def capture_all(venv: VecEnv) -> list[bytes]:
+        :return: the state, or why it cannot be captured
+        """
+        try:
+            return self.get_state()
+        except Exception as error:  # noqa: BLE001 - the main process decides what follows
+            return Failure(type(error).__name__, str(error))
+
+    def try_set_state(self, state: bytes, trust: bool) -> "Failure | None":
+        """
+        Restore the state in a worker, which an exception would end.
+
+        :param state: as :meth:`get_state` returns it
+        :param trust: as for :func:`restore`
+        :return: why it cannot be restored; None if it is
+        """
+        try:
+            self.set_state(state, trust)
+        except Exception as error:  # noqa: BLE001 - the main process decides what follows
+            return Failure(type(error).__name__, error.what if isinstance(error, RefusedError) else str(error))
+        return None
+
+
+class Failure(NamedTuple):
     """
-    Take the states of the environments in a vectorised one.
+    An exception in a worker, as a value.
 
-    :param venv: the vectorised environment
-    :return: one state for each environment
-    :raises StateUnavailableError: they cannot be had
+    :param kind: name of its class
+    :param message: its message; of a ``RefusedError``, what was refused
     """
-    innermost = venv.unwrapped
-    if isinstance(innermost, DummyVecEnv):
-        return [capture(env) for env in innermost.envs]
-    if not _has_pair(innermost):
-        raise StateUnavailableError(
-            f"the environments in {type(innermost).__name__} are out of reach: wrap each in sb3_trpo.ResumableEnv"
-        )
-    states = innermost.env_method("get_state")
-    return [pickle.dumps(state) for state in states]
+
+    kind: str
+    message: str
+
+    def exception(self) -> Exception:
+        """
+        Make the exception to raise in the main process.
+
+        :return: one of the same class where :func:`capture` and :func:`restore` raise it
+        """
+        known = {kind.__name__: kind for kind in (StateUnavailableError, RefusedError, MismatchError)}
+        return known.get(self.kind, pickle.UnpicklingError)(self.message)
 
 
-def restore_all(venv: VecEnv, states: Sequence[bytes], trust: bool = False) -> None:
+def capture(env: Any) -> bytes:
     """
-    Put states into the environments in a vectorised one.
+    Capture the state of an environment.
 
-    :param venv: the vectorised environment, which has been reset
-    :param states: as :func:`capture_all` gives them
-    :param trust: as for :func:`restore`
-    :raises RefusedError: as for :func:`restore`
-    :raises MismatchError: the environments are of another make
+    :param env: the environment, with all its wrappers
+    :return: the state
+    :raises StateUnavailableError: it cannot be captured
     """
-    innermost = venv.unwrapped
-    if isinstance(innermost, DummyVecEnv):
-        for env, state in zip(innermost.envs, states, strict=True):
-            restore(env, state, trust)
-        return
-    resumable = all(innermost.env_is_wrapped(ResumableEnv))
-    for index, state in enumerate(states):
-        value = pickle.loads(state) if trust else RestrictedUnpickler(state).load()
-        arguments = (value, trust) if resumable else (value,)
-        innermost.env_method("set_state", *arguments, indices=index)
+    return capture_layers(_wrapper_stack(env))
 
 
-def capture_wrappers(venv: VecEnv) -> dict[str, bytes]:
+def restore(env: Any, state: bytes, trust: bool = False) -> None:
     """
-    Take the states of the wrappers around a vectorised environment, ``VecNormalize`` among them.
+    Restore the state of an environment.
 
-    :param venv: the vectorised environment
-    :return: state of each wrapper, by its class and its depth
-    :raises StateUnavailableError: one of them cannot be had
+    :param env: an environment made in the same way, which has been reset
+    :param state: as :func:`capture` returns it
+    :param trust: unpickle objects of any class, which may run code
+    :raises RefusedError: the state needs a class that is not known to be harmless, and ``trust`` is False
+    :raises MismatchError: the environment was made in another way
     """
-    return {name: _capture([layer]) for name, layer in _wrappers(venv).items()}
+    restore_layers(_wrapper_stack(env), state, trust)
 
 
-def restore_wrappers(venv: VecEnv, states: dict[str, bytes], trust: bool = False) -> None:
-    """
-    Put states into the wrappers around a vectorised environment.
-
-    :param venv: the vectorised environment
-    :param states: as :func:`capture_wrappers` gives them
-    :param trust: as for :func:`restore`
-    :raises RefusedError: as for :func:`restore`
-    :raises MismatchError: the wrappers are others
-    """
-    wrappers = _wrappers(venv)
-    if wrappers.keys() != states.keys():
-        raise MismatchError(f"the wrappers of the environment are {list(wrappers)}, those of the checkpoint {list(states)}")
-    for name, layer in wrappers.items():
-        _restore([layer], states[name], trust)
-
-
-def _wrappers(venv: VecEnv) -> dict[str, VecEnvWrapper]:
-    wrappers: dict[str, VecEnvWrapper] = {}
-    while isinstance(venv, VecEnvWrapper):
-        wrappers[f"{len(wrappers)}:{type(venv).__name__}"] = venv
-        venv = venv.venv
-    return wrappers
-
-
-def _has_pair(venv: VecEnv) -> bool:
-    try:
-        return venv.has_attr("get_state") and venv.has_attr("set_state")
-    except (AttributeError, NotImplementedError):
-        return False
-
-
-def _layers(env: Any) -> list[Any]:
-    """Find the wrappers and the environment, from the outermost to the one that speaks for what is inside it."""
-    layers = [env]
-    while isinstance(layers[-1], gym.Wrapper) and not _has_state_methods(layers[-1]):
-        layers.append(layers[-1].env)
-    return layers
+def _wrapper_stack(env: Any) -> list[Any]:
+    """Return the wrappers and the environment, from the outermost to the one that speaks for what is inside it."""
+    layers: list[Any] = []
+    while isinstance(env, gym.Wrapper):
+        if type(env) is not ResumableEnv:
+            layers.append(env)
+            if _has_state_methods(env):
+                return layers
+        env = env.env
+    return [*layers, env]
 
 
 def _has_state_methods(layer: Any) -> bool:
     return hasattr(type(layer), "get_state") and hasattr(type(layer), "set_state")
 
 
-def _is_physics(value: Any) -> bool:
+def _is_mujoco(value: Any) -> bool:
     return type(value).__module__.startswith("mujoco") and type(value).__name__ in ("MjData", "MjModel")
 
 
-def _capture(layers: list[Any]) -> bytes:
-    states = []
-    for layer in layers:
-        if _has_state_methods(layer):
-            states.append({"class": _class_name(layer), "state": layer.get_state()})
-            continue
-        values, physics = {}, {}
-        for name, value in vars(layer).items():
-            if _is_physics(value):
-                physics[name] = _arrays(value) if type(value).__name__ == "MjData" else {}
-            elif name not in CONSTANTS and not isinstance(value, CODE):
-                values[name] = value
-        states.append({"class": _class_name(layer), "values": values, "physics": physics})
+def capture_layers(layers: list[Any]) -> bytes:
+    """
+    Capture the state of wrappers and an environment.
+
+    :param layers: the objects, from the outermost to the innermost
+    :return: the state
+    :raises StateUnavailableError: it cannot be captured
+    """
+    states = [_layer_state(layer) for layer in layers]
     file = io.BytesIO()
     try:
         _LayerPickler(file, layers).dump(states)
@@ -208,8 +175,23 @@ def _capture(layers: list[Any]) -> bytes:
     return file.getvalue()
 
 
+def _layer_state(layer: Any) -> dict[str, Any]:
+    if _has_state_methods(layer):
+        try:
+            return {"class": _class_name(layer), "state": layer.get_state()}
+        except Exception as error:
+            raise StateUnavailableError(f"get_state() of {_class_name(layer)} raised {error!r}") from error
+    values, physics = {}, {}
+    for name, value in vars(layer).items():
+        if _is_mujoco(value):
+            physics[name] = _arrays(value) if type(value).__name__ == "MjData" else {}
+        elif name not in CONSTANTS and not isinstance(value, CODE):
+            values[name] = value
+    return {"class": _class_name(layer), "values": values, "physics": physics}
+
+
 def _class_name(layer: Any) -> str:
-    """Name of a layer's class; RL Zoo puts a subclass of its own in the place of ``TimeLimit``."""
+    """Return the name of a layer's class; RL Zoo replaces ``TimeLimit`` by a subclass of its own."""
     return "TimeLimit" if isinstance(layer, gym.wrappers.TimeLimit) else type(layer).__name__
 
 
@@ -223,24 +205,67 @@ def _unpicklable_attribute(states: list[dict[str, Any]], layers: list[Any]) -> s
     return "its state"
 
 
-def _restore(layers: list[Any], contents: bytes, trust: bool) -> None:
-    unpickler = (_TrustingUnpickler if trust else _LayerUnpickler)(contents)
-    unpickler.layers = layers
-    states = unpickler.load()
+def read_layers(contents: bytes, layers: list[Any], trust: bool) -> Any:
+    """
+    Unpickle a state. Earlier versions pickled the states of workers twice.
+
+    :param contents: as :func:`capture_layers` returns it
+    :param layers: the objects that it may refer to
+    :param trust: as for :func:`restore`
+    :return: class and attributes of each layer
+    :raises RefusedError: as for :func:`restore`
+    """
+    value: Any = contents
+    while isinstance(value, bytes):
+        unpickler = (_TrustingUnpickler if trust else _LayerUnpickler)(value)
+        unpickler.layers = layers
+        value = unpickler.load()
+    return value
+
+
+def restore_layers(layers: list[Any], contents: bytes, trust: bool) -> None:
+    """
+    Restore the state of wrappers and an environment.
+
+    :param layers: as for :func:`capture_layers`
+    :param contents: as :func:`capture_layers` returns it
+    :param trust: as for :func:`restore`
+    :raises RefusedError: as for :func:`restore`
+    :raises MismatchError: the objects are of other classes
+    """
+    states = read_layers(contents, layers, trust)
     saved, present = [state["class"] for state in states], [_class_name(layer) for layer in layers]
-    if saved != present:
+    alone_in_worker = saved == [IN_WORKER] and len(layers) == 1 and _has_state_methods(layers[0])
+    if saved != present and not alone_in_worker:
         raise MismatchError(f"the environment is made of {present}, that of the checkpoint of {saved}")
     for layer, state in zip(layers, states, strict=True):
         if "state" in state:
-            layer.set_state(state["state"])
+            _call_set_state(layer, state["state"])
             continue
+        if not trust:
+            _check_names(layer, state["values"])
         vars(layer).update(state["values"])
         for name, arrays in state["physics"].items():
             _set_arrays(vars(layer)[name], arrays)
 
 
+def _call_set_state(layer: Any, state: Any) -> None:
+    try:
+        layer.set_state(state)
+    except Exception as error:
+        raise MismatchError(f"set_state() of {_class_name(layer)} raised {error!r} for the state in the checkpoint") from error
+
+
+def _check_names(layer: Any, values: dict[str, Any]) -> None:
+    """Refuse to set what is a method or property of the class, private to Python, or wrapped."""
+    for name in values:
+        hidden = isinstance(getattr(type(layer), name, None), (*CODE, property)) and name not in vars(layer)
+        if hidden or name in CONSTANTS or not name.isidentifier() or (name.startswith("__") and name.endswith("__")):
+            raise RefusedError(f"the attribute {name[:100]!r} of {_class_name(layer)}")
+
+
 def _arrays(data: Any) -> dict[str, Any]:
-    """Every array of MuJoCo's data: `mj_getState` leaves out the quantities that some tasks' rewards still look at."""
+    """Return every array of MuJoCo's data: `mj_getState` leaves out quantities that the rewards of some tasks read."""
     fields = {name: getattr(data, name) for name in dir(data) if not name.startswith("_")}
     arrays: dict[str, Any] = {name: value.copy() for name, value in fields.items() if isinstance(value, np.ndarray)}
     return {**arrays, "time": data.time}
@@ -250,12 +275,12 @@ def _set_arrays(data: Any, arrays: dict[str, Any]) -> None:
     for name, value in arrays.items():
         if name == "time":
             data.time = value
-        elif getattr(data, name).shape == value.shape:  # others are scratch space, as large as there are contacts
+        elif getattr(data, name).shape == value.shape:  # others are scratch space, sized by the number of contacts
             getattr(data, name)[...] = value
 
 
 class _LayerPickler(pickle.Pickler):
-    """Pickles attributes; where one refers to a layer, that layer's number is written in its place."""
+    """Pickle attributes; a reference to a layer is written as the layer's number."""
 
     def __init__(self, file: io.BytesIO, layers: list[Any]) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)

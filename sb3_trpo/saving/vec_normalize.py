@@ -10,13 +10,14 @@ import numpy as np
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_trpo.errors import CorruptCheckpointError, Source, UntrustedFileError
+from sb3_trpo.errors import CorruptCheckpointError, Source, UntrustedFileError, short
 from sb3_trpo.saving.archive import METADATA, Archive, read_bytes
 from sb3_trpo.saving.atomic import atomic_write
 from sb3_trpo.saving.unpickling import RefusedError, restricted_loads
 
 STATISTICS = "vec_normalize.npz"
 SETTINGS = ("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys")
+FLAGS = ("training", "norm_obs", "norm_reward")
 #: Settings and arrays, by name.
 Statistics = tuple[dict[str, Any], dict[str, np.ndarray]]
 MOMENTS = ("mean", "var", "count")
@@ -37,6 +38,14 @@ def running_moments(normalizer: VecNormalize) -> dict[str, RunningMeanStd]:
     return moments
 
 
+def _statistics(normalizer: VecNormalize) -> dict[str, np.ndarray]:
+    return {
+        f"{name}/{moment}": np.asarray(getattr(rms, moment))
+        for name, rms in running_moments(normalizer).items()
+        for moment in MOMENTS
+    }
+
+
 def pack_statistics(normalizer: VecNormalize) -> bytes:
     """
     Settings and statistics as a NumPy ``.npz`` file, which holds no pickle.
@@ -44,21 +53,11 @@ def pack_statistics(normalizer: VecNormalize) -> bytes:
     :param normalizer: the wrapper
     :return: the file's bytes
     """
-    arrays = {
-        f"{name}/{moment}": np.asarray(getattr(rms, moment))
-        for name, rms in running_moments(normalizer).items()
-        for moment in MOMENTS
-    }
+    arrays = _statistics(normalizer)
     settings = json.dumps({name: getattr(normalizer, name) for name in SETTINGS})
     file = io.BytesIO()
     np.savez(file, settings=np.array(settings), **arrays)  # type: ignore[arg-type]
     return file.getvalue()
-
-
-def _unpack(contents: bytes) -> Statistics:
-    with np.load(io.BytesIO(contents), allow_pickle=False) as file:
-        arrays = dict(file)
-    return json.loads(str(arrays.pop("settings"))), arrays
 
 
 def read_statistics(archive: Archive, path: Source) -> Statistics | None:
@@ -72,11 +71,25 @@ def read_statistics(archive: Archive, path: Source) -> Statistics | None:
     """
     if not archive.read_json(METADATA).get("vec_normalize"):
         return None
-    contents = archive.read(STATISTICS)
+    arrays = archive.read_arrays(STATISTICS)
     try:
-        return _unpack(contents)
+        settings = json.loads(str(arrays.pop("settings")))
+        _check_statistics(settings, arrays)
     except Exception as error:
         raise CorruptCheckpointError(path, STATISTICS, error) from error
+    return settings, arrays
+
+
+def _check_statistics(settings: Any, arrays: dict[str, np.ndarray]) -> None:
+    if not isinstance(settings, dict) or settings.keys() != set(SETTINGS):
+        raise ValueError("the settings are not those of VecNormalize")
+    for name, value in settings.items():
+        kind = (list, type(None)) if name == "norm_obs_keys" else bool if name in FLAGS else (int, float)
+        if not isinstance(value, kind) or (kind == (int, float) and isinstance(value, bool)):
+            raise ValueError(f"the setting {name} is not allowed")
+    for name, value in arrays.items():
+        if value.dtype.kind != "f":
+            raise ValueError(f"the statistics {short(name)} are no numbers")
 
 
 def set_statistics(normalizer: VecNormalize, arrays: dict[str, np.ndarray]) -> None:
@@ -95,21 +108,24 @@ def set_statistics(normalizer: VecNormalize, arrays: dict[str, np.ndarray]) -> N
             setattr(rms, moment, value if value.shape else value[()])
 
 
-def warn_of_mismatch(saved: dict[str, np.ndarray] | None, normalizer: VecNormalize | None) -> None:
+def warn_of_mismatch(saved: dict[str, np.ndarray] | None, env: VecEnv | None, normalizer: VecNormalize | None) -> None:
     """
-    Warn of an environment that is not normalised as the one in which the model was trained.
+    Warn of an environment that is not normalized as the one in which the model was trained.
 
     :param saved: the statistics in the model's file; None if it was trained without
-    :param normalizer: the wrapper of the new environment; None if it has none
+    :param env: the new environment; None if there is none
+    :param normalizer: its wrapper; None if it has none
     """
     if saved is None and normalizer is None:
         return
     if saved is None:
         difference = "the model was trained without VecNormalize, and the environment has it"
+    elif env is None:
+        difference = "the model was trained with VecNormalize, and is loaded without: predict takes normalized observations"
     elif normalizer is None:
         difference = "the model was trained with VecNormalize, and the environment does not have it"
     else:
-        present = _unpack(pack_statistics(normalizer))[1]
+        present = _statistics(normalizer)
         if saved.keys() == present.keys() and all(np.array_equal(saved[name], present[name]) for name in saved):
             return
         difference = "the statistics of the environment's VecNormalize are not those that were saved with the model"
@@ -152,9 +168,11 @@ def load_vec_normalize(path: Source, venv: VecEnv, trust: bool = False) -> VecNo
             raise TypeError(f"it holds a {type(normalizer).__name__}")
         normalizer.set_venv(venv)
     except RefusedError as error:
-        raise UntrustedFileError(path, "VecNormalize", error.what, "trust=True loads it as SB3 does.") from error
+        raise UntrustedFileError(path, "VecNormalize", error.what, "trust=True loads it as SB3 does.") from None
     except Exception as error:
-        raise CorruptCheckpointError(path, None, f"it is no saved VecNormalize ({error!r})") from error
+        raise CorruptCheckpointError(
+            path, None, f"it is no saved VecNormalize ({type(error).__name__}: {short(error)})"
+        ) from error
     return normalizer
 
 

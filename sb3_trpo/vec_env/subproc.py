@@ -1,10 +1,10 @@
-"""Environments in processes of their own that say what went wrong, and do not keep the training waiting for ever."""
+"""Environments in worker processes, with errors that name the worker and a time-out."""
 
 import signal
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -14,16 +14,17 @@ from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper
 
 from sb3_trpo.errors import WorkerError
 from sb3_trpo.saving.env_state import ResumableEnv
+from sb3_trpo.vec_env.channel import Channel, NoAnswerError
 
 GONE = (EOFError, ConnectionError)
 
 
 class Failure(NamedTuple):
     """
-    What a worker sends in the place of an answer.
+    An exception in a worker, sent instead of an answer.
 
-    :param error: the exception, in a line
-    :param trace: where it was raised
+    :param error: its class and message
+    :param trace: its traceback
     """
 
     error: str
@@ -32,13 +33,13 @@ class Failure(NamedTuple):
 
 class WatchedSubprocVecEnv(SubprocVecEnv):
     """
-    SB3's ``SubprocVecEnv`` with errors that name the worker and what happened in it, a time-out, and state for checkpoints.
+    SB3's ``SubprocVecEnv`` with errors that name the worker and its exception, a time-out, and state for checkpoints.
 
-    After an error all workers are ended; the model is unharmed and can be saved.
+    An error ends all workers. The model is not affected and can be saved.
 
     :param env_fns: functions that make the environments
     :param start_method: how to start the processes, as in ``SubprocVecEnv``
-    :param timeout: seconds that a worker may take for an answer; None for ever
+    :param timeout: seconds that a worker may take to receive a request and to send its whole answer; None for no limit
     :raises ValueError: ``timeout`` is not positive
     :raises WorkerError: an environment cannot be made
     """
@@ -63,9 +64,9 @@ class WatchedSubprocVecEnv(SubprocVecEnv):
 
     def fail(self, index: int, reason: str) -> WorkerError:
         """
-        End all workers.
+        Kill all workers.
 
-        :param index: the worker to blame
+        :param index: the worker that failed
         :param reason: what happened to it
         :return: the error to raise
         """
@@ -80,19 +81,19 @@ class WatchedSubprocVecEnv(SubprocVecEnv):
 
     def exit_code(self, index: int) -> int | None:
         """
-        How a worker ended.
+        Return the exit status of a worker.
 
         :param index: the worker
-        :return: exit status; the negative number of the signal that killed it; None if it has not ended
+        :return: the status, negative for the signal that killed it; None if it is still running
         """
         self.processes[index].join(timeout=1.0)
         return self.processes[index].exitcode
 
     def seconds_left(self) -> float | None:
         """
-        Time that a worker still has for its answer.
+        Return the time that a worker still has for its answer.
 
-        :return: seconds; None for ever
+        :return: seconds; None for no limit
         """
         return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
 
@@ -106,43 +107,65 @@ class WatchedSubprocVecEnv(SubprocVecEnv):
         """Seconds that a worker may take for an answer."""
         return self._timeout
 
+    def close(self) -> None:
+        """End the workers; those that do not end within the time-out are killed."""
+        if self.closed:
+            return
+        if self.waiting:
+            for remote in self.remotes:
+                remote.recv()
+        for remote in self.remotes:
+            remote.send(("close", None))
+        for process in self.processes:
+            process.join(self.seconds_left())
+            process.kill()
+            process.join()
+        for remote in self.remotes:
+            remote.close()
+        self.closed = True
+
 
 class _Watched:
-    """A connection to a worker that turns silence, death and failures into errors."""
+    """A connection to a worker that raises an error if the worker is silent, dies or fails."""
 
     def __init__(self, venv: WatchedSubprocVecEnv, index: int, connection: Connection) -> None:
         self._venv, self._index, self._connection = venv, index, connection
+        self._channel: Channel | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a worker gets the connection alone, to close it
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker gets the bare connection, to close it
         return _itself, (self._connection,)
 
     def send(self, message: Any) -> None:
+        self._venv.start_clock()
         try:
-            self._connection.send(message)
-        except GONE as error:
-            raise self._died() from error
+            self._open().send(message, self._venv.seconds_left)
+        except (*GONE, NoAnswerError) as error:
+            raise self._failure(error) from error
         self._venv.start_clock()
 
     def recv(self) -> Any:
         try:
-            # Not all start methods close the connection of a process that has died.
-            process = self._venv.processes[self._index]
-            if not wait([self._connection, process.sentinel], self._venv.seconds_left()):
-                raise self._venv.fail(self._index, f"did not answer within {self._venv.timeout} seconds")
-            if not self._connection.poll():
-                raise self._died()
-            answer = self._connection.recv()
-        except GONE as error:
-            raise self._died() from error
+            answer = self._open().recv(self._venv.seconds_left)
+        except (*GONE, NoAnswerError) as error:
+            raise self._failure(error) from error
         failure = answer[0] if isinstance(answer, tuple) and answer else answer
         if isinstance(failure, Failure):
             raise self._venv.fail(self._index, f"raised {failure.error}\n\n{failure.trace}")
         return answer
 
     def close(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
         self._connection.close()
 
-    def _died(self) -> WorkerError:
+    def _open(self) -> Channel:
+        if self._channel is None:  # the process is started after the connection is made
+            self._channel = Channel(self._connection, self._venv.processes[self._index].sentinel)
+        return self._channel
+
+    def _failure(self, error: Exception) -> WorkerError:
+        if isinstance(error, NoAnswerError):
+            return self._venv.fail(self._index, f"did not answer within {self._venv.timeout} seconds")
         code = self._venv.exit_code(self._index)
         killed = code is not None and code < 0
         how = f"was killed by {signal.Signals(-code).name}" if killed and code else f"ended with status {code}"
@@ -154,7 +177,7 @@ def _itself(connection: Connection) -> Connection:
 
 
 class _ReportingMaker:
-    """Makes the environment in the worker, where Ctrl-C is left to the main process."""
+    """Make the environment in the worker, which leaves Ctrl-C to the main process."""
 
     def __init__(self, make: Callable[[], gym.Env[Any, Any]]) -> None:
         self._make = CloudpickleWrapper(make)
@@ -163,27 +186,27 @@ class _ReportingMaker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             return ReportingEnv(ResumableEnv(self._make.var()))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the main process has to know
+        except Exception as error:  # noqa: BLE001 - reported to the main process
             return _FailedEnv(_failure(error))
 
 
 class ReportingEnv(gym.Wrapper[Any, Any, Any, Any]):
     """
-    Returns what an environment raises, so that it reaches the main process.
+    Return the exceptions of an environment as values, which reach the main process.
 
     :param env: the environment
     """
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """
-        Begin an episode.
+        Start an episode.
 
         :param kwargs: as for any environment
-        :return: as any environment, or a failure as the observation
+        :return: as for any environment, or a failure as the observation
         """
         try:
             return self.env.reset(**kwargs)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the main process has to know
+        except Exception as error:  # noqa: BLE001 - reported to the main process
             return _failure(error), {}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
@@ -191,16 +214,16 @@ class ReportingEnv(gym.Wrapper[Any, Any, Any, Any]):
         Take a step.
 
         :param action: the action
-        :return: as any environment, or a failure as the observation
+        :return: as for any environment, or a failure as the observation
         """
         try:
             return self.env.step(action)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the main process has to know
+        except Exception as error:  # noqa: BLE001 - reported to the main process
             return _failure(error), 0.0, False, False, {}
 
 
 class _FailedEnv(gym.Env[Any, Any]):
-    """Stands for an environment that could not be made; the first question that SB3 asks a worker is for its spaces."""
+    """Stand-in for an environment that cannot be made; the first request of SB3 to a worker is for its spaces."""
 
     def __init__(self, failure: Failure) -> None:
         self.observation_space: Any = failure

@@ -2,7 +2,7 @@
 Train and compare algorithms over environments and seeds.
 
 ``python -m sb3_trpo benchmark --env CartPole-v1 --algo trpo sb3_contrib_trpo ppo --seeds 3`` trains each algorithm with its
-published hyperparameters, in parallel processes of one thread each. What is finished is not done again.
+published hyperparameters, in parallel processes of one thread each. Finished jobs are not repeated.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from sb3_trpo.errors import UsageError, did_you_mean
 from sb3_trpo.zoo.plots import plot
 from sb3_trpo.zoo.report import report
-from sb3_trpo.zoo.training import RANDOM, TIANSHOU, Job, hyperparameters_of, run
+from sb3_trpo.zoo.training import RANDOM, TIANSHOU, TrainingJob, hyperparameters_of, run
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,8 +42,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--algo", nargs="+", default=["trpo", "sb3_contrib_trpo", "ppo"], help=f"RL Zoo's, or {TIANSHOU}")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each, from 0; at least 2")
     parser.add_argument("-n", "--n-timesteps", type=int, help="environment steps (default: as our hyperparameters say)")
-    parser.add_argument("--n-evaluations", type=int, default=20, help="evaluations of a training")
-    parser.add_argument("--eval-episodes", type=int, default=10, help="episodes of an evaluation")
+    parser.add_argument("--n-evaluations", type=int, default=20, help="evaluations per training")
+    parser.add_argument("--eval-episodes", type=int, default=10, help="episodes per evaluation")
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count(), help="trainings at a time")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmark"), help="folder for results, logs, pictures")
     parser.add_argument(
@@ -56,10 +56,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace) -> None:
     """
-    Check what is to be done before anything is done.
+    Check the arguments before any job starts.
 
     :param arguments: from :func:`parse_arguments`
-    :raises UsageError: something in it cannot be used
+    :raises UsageError: an argument is invalid
     """
     for env_id in [*arguments.env, *arguments.threshold]:
         if env_id not in gym.registry:
@@ -78,7 +78,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def check_tianshou(env_ids: Sequence[str]) -> None:
     """
-    Check whether Tianshou can take part.
+    Check that Tianshou's TRPO can run.
 
     :param env_ids: environment ids
     :raises UsageError: it is not installed, or an environment has other than Box observations and actions
@@ -88,16 +88,16 @@ def check_tianshou(env_ids: Sequence[str]) -> None:
     for env_id in env_ids:
         env = gym.make(env_id)
         if not (isinstance(env.action_space, spaces.Box) and isinstance(env.observation_space, spaces.Box)):
-            raise UsageError(f"{TIANSHOU} is set up for Box observations and actions, which {env_id} has not")
+            raise UsageError(f"{TIANSHOU} needs Box observations and actions, and {env_id} has others")
         env.close()
 
 
-def plan(arguments: argparse.Namespace) -> list[Job]:
+def plan(arguments: argparse.Namespace) -> list[TrainingJob]:
     """
-    List the trainings, finished or not.
+    List the jobs, finished or not.
 
     :param arguments: from :func:`parse_arguments`
-    :return: the jobs; seed by seed, so that all algorithms can soon be compared
+    :return: the jobs, seed by seed, so that all algorithms can be compared early
     """
     jobs = []
     for seed in range(arguments.seeds):
@@ -105,7 +105,7 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
             n_timesteps = arguments.n_timesteps or int(hyperparameters_of("trpo", env_id)["n_timesteps"])
             for algorithm in [*arguments.algo, *([RANDOM] if seed == 0 else [])]:
                 jobs.append(
-                    Job(
+                    TrainingJob(
                         env=env_id,
                         algorithm=algorithm,
                         seed=seed,
@@ -119,12 +119,12 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def keep_settings(path: Path, jobs: Sequence[Job]) -> None:
+def keep_settings(path: Path, jobs: Sequence[TrainingJob]) -> None:
     """
-    Refuse to mix results of different settings in one folder.
+    Check that the folder has no results with other settings.
 
-    :param path: JSON file with the settings of what is there; written if there is none
-    :param jobs: what is to be done
+    :param path: JSON file with the settings of earlier results; written if missing
+    :param jobs: the jobs
     :raises UsageError: an environment's settings differ
     """
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -137,9 +137,9 @@ def keep_settings(path: Path, jobs: Sequence[Job]) -> None:
     path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
-def collect(jobs: Sequence[Job], path: Path) -> None:
+def collect(jobs: Sequence[TrainingJob], path: Path) -> None:
     """
-    Put the evaluations of all finished trainings into one file.
+    Concatenate the evaluations of all finished jobs.
 
     :param jobs: finished or not
     :param path: the CSV file
@@ -150,23 +150,23 @@ def collect(jobs: Sequence[Job], path: Path) -> None:
     temporary.replace(path)
 
 
-def work(jobs: Sequence[Job], n_processes: int, results: Path) -> dict[Job, BaseException]:
+def run_jobs(jobs: Sequence[TrainingJob], n_processes: int, results: Path) -> dict[TrainingJob, BaseException]:
     """
-    Do what is not done yet.
+    Run the jobs that are not finished.
 
-    :param jobs: finished or not
-    :param n_processes: trainings at a time
-    :param results: the CSV file, complete after every training
-    :return: trainings that failed, and why
+    :param jobs: all jobs
+    :param n_processes: number of jobs at a time
+    :param results: CSV file of all evaluations, updated after each job
+    :return: failed jobs and their exceptions
     """
     waiting = [job for job in jobs if not job.results.exists()]
-    failed: dict[Job, BaseException] = {}
+    failed: dict[TrainingJob, BaseException] = {}
     os.environ["OMP_NUM_THREADS"] = "1"  # the processes inherit it
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="training")
     with bar, ProcessPoolExecutor(n_processes, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(run, job): job for job in waiting}
         left = Counter(job.algorithm for job in waiting)
-        bar.set_postfix_str(words(left))
+        bar.set_postfix_str(remaining(left))
         for future in as_completed(futures):
             job = futures[future]
             error = future.exception()
@@ -176,16 +176,16 @@ def work(jobs: Sequence[Job], n_processes: int, results: Path) -> dict[Job, Base
                 collect(jobs, results)
             left -= Counter([job.algorithm])
             bar.update()
-            bar.set_postfix_str(words(left))
+            bar.set_postfix_str(remaining(left))
     return failed
 
 
-def words(left: Counter[str]) -> str:
+def remaining(left: Counter[str]) -> str:
     """
-    Say what is left.
+    Describe the remaining jobs.
 
-    :param left: how many trainings, by algorithm
-    :return: the words
+    :param left: number of jobs by algorithm
+    :return: the description
     """
     return "left: " + (", ".join(f"{count} {name}" for name, count in left.items()) or "nothing")
 
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = plan(arguments)
     keep_settings(arguments.output / "settings.json", jobs)
     results = arguments.output / "results.csv"
-    failed = work(jobs, arguments.jobs, results)
+    failed = run_jobs(jobs, arguments.jobs, results)
     for job, error in failed.items():
         print(f"{job.algorithm} on {job.env}, seed {job.seed}: {type(error).__name__}: {error}")
     if failed:

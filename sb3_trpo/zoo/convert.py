@@ -1,5 +1,5 @@
 """
-From sb3-contrib's TRPO to ours: its KL, averaged over action dimensions, in terms of the joint one.
+Convert hyperparameters of sb3-contrib's TRPO, whose KL is averaged over action dimensions, to the joint KL.
 
 ``python -m sb3_trpo convert theirs.yml --output ours.yml`` does it for a file of RL Zoo, and
 ``python -m sb3_trpo convert --env HalfCheetah-v5 --hyperparams target_kl:0.04`` for arguments.
@@ -28,11 +28,10 @@ def convert(
     Convert arguments of sb3-contrib's TRPO.
 
     :param arguments: constructor arguments, or an entry of RL Zoo's ``trpo.yml``
-    :param action_space: the environment's; None if unknown, which leaves ``target_kl`` and ``cg_damping`` to our defaults
-    :param keep_critic: fit the critic as sb3-contrib does, with its arguments; False for our own critic, which has none of
-        them
-    :return: arguments of our TRPO; ``target_kl`` and ``cg_damping`` are always there where the action space is known,
-        since sb3-contrib's defaults are others
+    :param action_space: the environment's; None if unknown, which leaves ``target_kl`` and ``cg_damping`` at the defaults
+    :param keep_critic: keep sb3-contrib's minibatch critic and its arguments
+    :return: arguments of this package's TRPO, always with ``target_kl`` and ``cg_damping`` if the action space is known,
+        because the defaults differ
     """
     dropped = () if keep_critic else MINIBATCH_ARGUMENTS
     converted = {name: value for name, value in arguments.items() if name not in {*dropped, *CONTRIB_DEFAULTS}}
@@ -45,7 +44,7 @@ def convert(
 
 def action_space_of(env_id: str, entry: Mapping[str, Any]) -> spaces.Space[Any]:
     """
-    Make an environment to ask it for its action space.
+    Return the action space of an environment.
 
     :param env_id: registered id
     :param entry: its hyperparameters, for ``env_kwargs`` and ``env_wrapper``
@@ -85,7 +84,7 @@ def convert_entry(name: str, entry: Mapping[str, Any], *, keep_critic: bool) -> 
 
 def convert_file(path: Path, *, keep_critic: bool) -> dict[str, dict[str, Any]]:
     """
-    Convert a file of RL Zoo. Entries whose environment is not to be had here are left out, which is said on stderr.
+    Convert a file of RL Zoo. Entries whose environment cannot be created are left out, with a message on stderr.
 
     :param path: a YAML file for sb3-contrib's TRPO
     :param keep_critic: as for :func:`convert`
@@ -99,7 +98,7 @@ def convert_file(path: Path, *, keep_critic: bool) -> dict[str, dict[str, Any]]:
         except UsageError as error:
             print(f"left out: {error}", file=sys.stderr)
     if "default" in converted:
-        print("default: target_kl and cg_damping depend on the environment, and are left to our defaults", file=sys.stderr)
+        print("default: target_kl and cg_damping depend on the environment and keep their defaults", file=sys.stderr)
     return converted
 
 

@@ -1,4 +1,4 @@
-"""Hyperparameter files in RL Zoo's format: which keys an entry may have, and where in the file a wrong one stands."""
+"""Hyperparameter files in RL Zoo's format: reading, checking, and the line numbers for error messages."""
 
 import inspect
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from sb3_trpo.arguments import check_arguments
 from sb3_trpo.errors import UsageError, did_you_mean
 
-#: What the zoo reads itself, for any on-policy algorithm.
+#: Keys that RL Zoo reads itself, for any on-policy algorithm.
 ZOO_KEYS = frozenset(
     {
         "callback",
@@ -25,15 +25,15 @@ ZOO_KEYS = frozenset(
         "vec_env_wrapper",
     }
 )
-#: Constructor arguments that the zoo gives itself.
+#: Constructor arguments that RL Zoo passes itself.
 GIVEN_BY_ZOO = frozenset({"env", "tensorboard_log", "seed", "verbose", "device", "_init_setup_model"})
-#: Arguments for which ``lin_0.1`` stands for a schedule that falls from 0.1 to 0.
+#: Arguments for which ``lin_0.1`` is a schedule that decreases from 0.1 to 0.
 SCHEDULES = ("learning_rate", "target_kl")
 
 
 def folder() -> Path:
     """
-    Our hyperparameter files: inside the installed package, or beside it in a checkout.
+    Return the folder of the hyperparameter files: inside the installed package, or beside it in a checkout.
 
     :return: the folder ``zoo_hyperparams``
     """
@@ -67,7 +67,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 def lines(path: Path, entry: str) -> dict[str, int]:
     """
-    Find the keys of one entry in its file, those from a merged anchor (``<<: *defaults``) included.
+    Return the line of each key of an entry, including keys from a merged anchor (``<<: *defaults``).
 
     :param path: the YAML file
     :param entry: environment id
@@ -84,14 +84,14 @@ def lines(path: Path, entry: str) -> dict[str, int]:
 
 def check(algorithm: type[BaseAlgorithm], hyperparameters: Mapping[str, Any], places: Mapping[str, str]) -> None:
     """
-    Check names and values, before anything is built.
+    Check names and values before anything is built.
 
     :param algorithm: the class whose constructor gets them
     :param hyperparameters: an entry of a file, with the overrides of the command line
-    :param places: where each of them stands, for the message
-    :raises UsageError: a name that neither the zoo nor the constructor knows, or a value out of range
+    :param places: where each of them is written, for the message
+    :raises UsageError: a name that neither RL Zoo nor the constructor knows, or a value that is not allowed
     """
-    # A constructor with **kwargs hands them on to the class that it derives from.
+    # A constructor with **kwargs passes them on to its base class.
     signatures = [inspect.signature(base).parameters for base in algorithm.__mro__ if issubclass(base, BaseAlgorithm)]
     handed_on = [any(p.kind is p.VAR_KEYWORD for p in signature.values()) for signature in signatures]
     depth = handed_on.index(False) + 1
@@ -110,7 +110,7 @@ def check(algorithm: type[BaseAlgorithm], hyperparameters: Mapping[str, Any], pl
 
 def is_linear(value: Any) -> bool:
     """
-    Recognise the zoo's word for a linear schedule.
+    Recognize RL Zoo's notation for a linear schedule.
 
     :param value: a hyperparameter
     :return: whether it is ``lin_`` and a number

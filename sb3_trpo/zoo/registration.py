@@ -1,7 +1,7 @@
 """
-The bridge to RL Zoo: importing this module makes our algorithms known to ``rl_zoo3``.
+Register the algorithms of this package with ``rl_zoo3`` on import.
 
-``python -m sb3_trpo`` does it for you; ``--gym-packages sb3_trpo.zoo`` does it for the zoo's own commands.
+``python -m sb3_trpo`` imports it; for RL Zoo's own commands, use ``--gym-packages sb3_trpo.zoo``.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ ZOO_CONFIGS = Path(rl_zoo3.__file__).parent / "hyperparams"
 
 class Algorithm(NamedTuple):
     """
-    What the zoo needs to know about an algorithm.
+    What RL Zoo needs to know about an algorithm.
 
     :param cls: the class
     :param sampler: draws hyperparameters for a trial of Optuna
@@ -42,7 +42,7 @@ class Algorithm(NamedTuple):
 
 def sample_trpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
-    Draw hyperparameters of TRPO, and of all that share its update.
+    Sample hyperparameters of TRPO and of the algorithms that share its update.
 
     :param trial: the trial
     :param n_actions: dimensions of a Box action
@@ -64,13 +64,13 @@ def sample_trpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     return hyperparams_opt.convert_onpolicy_params(trial.params)
 
 
-#: Name on the command line ↦ algorithm. A new one is a line here and a file in ``zoo_hyperparams/``.
+#: Name on the command line -> algorithm. A new one is a line here and a file in ``zoo_hyperparams/``.
 OURS: dict[str, type[TRPO]] = {"trpo": TRPO, "npg": NPG, "trpo_lstm": RecurrentTRPO, "trpo_mask": MaskableTRPO}
 ALGORITHMS: dict[str, Algorithm] = {
     name: Algorithm(cls, sample_trpo_params, hyperparams_opt.convert_onpolicy_params, OUR_CONFIGS / f"{name}.yml")
     for name, cls in OURS.items()
 }
-#: sb3-contrib's TRPO keeps a name, to be compared with.
+#: sb3-contrib's TRPO keeps a name, for comparisons.
 PEERS: dict[str, Algorithm] = {
     "sb3_contrib_trpo": Algorithm(
         sb3_contrib.TRPO,
@@ -85,9 +85,9 @@ _read_hyperparameters = exp_manager.ExperimentManager.read_hyperparameters
 
 def read_hyperparameters(manager: exp_manager.ExperimentManager) -> tuple[dict[str, Any], dict[str, Any]]:
     """
-    Read the hyperparameters of an experiment: of our algorithms from our files, and checked.
+    Read and check the hyperparameters of an experiment, from this package's files for its algorithms.
 
-    Replaces the method of the zoo's manager, which stays in charge of all other algorithms. The zoo has no hook for it.
+    Replaces the method of RL Zoo's manager, which handles all other algorithms. RL Zoo has no hook for this.
 
     :param manager: the zoo's manager
     :return: hyperparameters to use, and those to save
@@ -101,10 +101,10 @@ def read_hyperparameters(manager: exp_manager.ExperimentManager) -> tuple[dict[s
     if manager.config.endswith((".yml", ".yaml")):
         hyperparameters.read(Path(manager.config))
     if manager.tensorboard_log is None and not manager.optimize_hyperparameters:
-        manager.tensorboard_log = manager.save_path  # the trust region's log stays with the run that it tells about
+        manager.tensorboard_log = manager.save_path  # keep the log in the run's folder, for `plot`
     found, saved = _read_hyperparameters(manager)
     hyperparameters.check(algorithm.cls, found, _places(manager, found))
-    if hyperparameters.is_linear(found.get("target_kl")):  # the zoo knows learning rates and clip ranges only
+    if hyperparameters.is_linear(found.get("target_kl")):  # RL Zoo converts learning rates and clip ranges only
         found["target_kl"] = rl_zoo3.linear_schedule(found["target_kl"].removeprefix("lin_"))
     return found, saved
 
@@ -121,7 +121,7 @@ def _places(manager: exp_manager.ExperimentManager, names: dict[str, Any]) -> di
 
 
 def register() -> None:
-    """Make our algorithms known to the zoo; ``trpo`` becomes ours."""
+    """Register the algorithms; ``trpo`` replaces sb3-contrib's."""
     manager: Any = exp_manager.ExperimentManager
     tuning: Any = hyperparams_opt
     for name, algorithm in (ALGORITHMS | PEERS).items():

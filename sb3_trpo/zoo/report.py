@@ -1,5 +1,5 @@
 """
-A benchmark's runs in a few numbers with their uncertainty, computed by rliable (Agarwal et al. 2021).
+Aggregate statistics of a benchmark with their uncertainty, computed by rliable (Agarwal et al. 2021).
 
 https://arxiv.org/abs/2108.13264: interquartile mean over runs and tasks, performance profiles and probability of
 improvement, with stratified bootstrap intervals of 95 %.
@@ -16,28 +16,28 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from pytablewriter import MarkdownTableWriter
-from rliable import library, metrics
+from rliable import library, metrics, plot_utils
 
 from sb3_trpo.errors import UsageError
-from sb3_trpo.zoo.plots import read_results, save
+from sb3_trpo.zoo.plots import algorithm_name, read_results, save
 
 #: Bootstrap samples of each interval.
 N_BOOTSTRAP = 2000
-#: Random actions, the zero of the normalised scores.
+#: Random actions, the zero of the normalized scores.
 RANDOM = "random"
 
 
 class Estimates(NamedTuple):
     """
-    What rliable says. An interval is an array of its two ends.
+    rliable's estimates. An interval is an array of its two ends.
 
-    :param iqm: algorithm ↦ interquartile mean of the normalised scores
-    :param iqm_interval: algorithm ↦ its interval
-    :param better: pair of algorithms ↦ probability that a run of the first ends above a run of the second
-    :param better_interval: pair ↦ its interval
-    :param taus: normalised scores
-    :param profile: algorithm ↦ share of its runs above each of ``taus``
-    :param profile_interval: algorithm ↦ its interval, of shape (2, number of ``taus``)
+    :param iqm: algorithm -> interquartile mean of the normalized scores
+    :param iqm_interval: algorithm -> its interval
+    :param better: pair of algorithms -> probability that a run of the first ends above a run of the second
+    :param better_interval: pair -> its interval
+    :param taus: normalized scores
+    :param profile: algorithm -> share of its runs above each of ``taus``
+    :param profile_interval: algorithm -> its interval, of shape (2, number of ``taus``)
     """
 
     iqm: dict[str, float]
@@ -62,24 +62,24 @@ def final_returns(results: pd.DataFrame) -> pd.DataFrame:
 
 def scores(results: pd.DataFrame) -> dict[str, np.ndarray]:
     """
-    Normalise the final returns: 0 is the return of random actions, 1 the mean of the environment's best algorithm.
+    Normalize the final returns: 0 is the return of random actions, 1 the mean of the environment's best algorithm.
 
     :param results: a results file, random actions included
-    :return: algorithm ↦ scores of shape (seeds, environments)
+    :return: algorithm -> scores of shape (seeds, environments)
     :raises UsageError: an algorithm has a single run, or lacks runs that others have; or none is better than random
     """
     final = final_returns(results)
     zero = results[results["algorithm"] == RANDOM].groupby("env")["mean_return"].mean()
     best = final.groupby(["env", "algorithm"])["mean_return"].mean().groupby("env").max()
     for env_id in best.index[best <= zero[best.index]]:
-        raise UsageError(f"{env_id}: no algorithm ends above random actions, so there is nothing to normalise with")
+        raise UsageError(f"{env_id}: no algorithm ends above random actions, so scores cannot be normalized")
     final["score"] = (final["mean_return"] - final["env"].map(zero)) / (final["env"].map(best) - final["env"].map(zero))
     tables = {name: rows.pivot(index="seed", columns="env", values="score") for name, rows in final.groupby("algorithm")}
     for name, table in tables.items():
         if len(table) < 2:
             raise UsageError(f"{name}: one run only, and an interval needs at least 2")
         if table.isna().any(axis=None) or len(table.columns) < final["env"].nunique():
-            raise UsageError(f"{name}: needs the same seeds for every environment, and has not")
+            raise UsageError(f"{name}: needs the same seeds for every environment")
     return {name: tables[name].to_numpy() for name in results["algorithm"].unique() if name in tables}
 
 
@@ -87,7 +87,7 @@ def estimate(runs: Mapping[str, np.ndarray]) -> Estimates:
     """
     Aggregate over runs and environments.
 
-    :param runs: algorithm ↦ scores of shape (seeds, environments)
+    :param runs: algorithm -> scores of shape (seeds, environments)
     :return: the estimates
     """
 
@@ -122,7 +122,7 @@ def estimate(runs: Mapping[str, np.ndarray]) -> Estimates:
 
 def thresholds(env_ids: list[str], given: Mapping[str, float]) -> dict[str, float | None]:
     """
-    Choose the return that counts as reached.
+    Choose the threshold of each environment.
 
     :param env_ids: environment ids
     :param given: the user's
@@ -133,15 +133,15 @@ def thresholds(env_ids: list[str], given: Mapping[str, float]) -> dict[str, floa
 
 def time_to_threshold(results: pd.DataFrame, levels: Mapping[str, float | None]) -> pd.DataFrame:
     """
-    Find when each run's evaluations first reach the threshold.
+    Return when the evaluations first reach the threshold.
 
     :param results: a results file
-    :param levels: environment ↦ threshold, or None
-    :return: by environment and algorithm: ``seconds``, the median over the runs that got there, ``reached``, their
+    :param levels: environment -> threshold, or None
+    :return: by environment and algorithm: ``seconds``, the median over the runs that reach it, ``reached``, their
         number, and ``runs``
     """
     trained = results[results["algorithm"] != RANDOM]
-    # A threshold of None becomes not-a-number, which nothing reaches.
+    # A threshold of None becomes NaN, which no return reaches.
     there = trained[trained["mean_return"] >= trained["env"].map(levels).astype(float)]
     keys = ["env", "algorithm"]
     first = there.sort_values("steps").groupby([*keys, "seed"])["seconds"].first().groupby(keys)
@@ -152,11 +152,11 @@ def time_to_threshold(results: pd.DataFrame, levels: Mapping[str, float | None])
 
 def tables(results: pd.DataFrame, estimates: Estimates, levels: Mapping[str, float | None]) -> str:
     """
-    Write the tables.
+    Format the tables.
 
     :param results: a results file
     :param estimates: of its scores
-    :param levels: environment ↦ threshold, or None
+    :param levels: environment -> threshold, or None
     :return: Markdown
     """
     final = final_returns(results).groupby(["env", "algorithm"])
@@ -178,7 +178,7 @@ def tables(results: pd.DataFrame, estimates: Estimates, levels: Mapping[str, flo
         "Mean ± standard deviation over the seeds, of the last evaluation; seconds of training without evaluations; median "
         f"seconds until an evaluation reaches the threshold, of the runs that do. Thresholds: {named or 'none'}.\n\n",
         MarkdownTableWriter(
-            table_name="Interquartile mean of normalised scores",
+            table_name="Interquartile mean of normalized scores",
             headers=["Algorithm", "IQM, 95 % interval"],
             value_matrix=[[name, f"{x:.3f} ({_ends(estimates.iqm_interval[name])})"] for name, x in estimates.iqm.items()],
         ).dumps(),
@@ -200,29 +200,45 @@ def _ends(interval: np.ndarray) -> str:
 
 def draw(estimates: Estimates) -> Figure:
     """
-    Draw the estimates.
+    Plot the estimates.
 
-    :param estimates: what to draw
+    :param estimates: what to plot
     :return: interquartile means, performance profiles, probabilities of improvement
     """
     sns.set_theme(style="whitegrid")
-    names = list(estimates.iqm)
-    colors = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+    names = {name: algorithm_name(name) for name in estimates.iqm}
+    colors = dict(zip(names.values(), sns.color_palette("colorblind", len(names)), strict=True))
     figure = Figure(figsize=(15, 4), layout="constrained")
     means, profiles, better = figure.subplots(1, 3)
-    for name in names:
-        low, high = estimates.iqm_interval[name]
-        means.plot([low, high], [name, name], lw=8, alpha=0.4, color=colors[name], solid_capstyle="butt")
-        means.plot(estimates.iqm[name], name, "o", color=colors[name])
-        profiles.plot(estimates.taus, estimates.profile[name], color=colors[name], label=name)
-        profiles.fill_between(estimates.taus, *estimates.profile_interval[name], color=colors[name], alpha=0.15)
+    for name, label in names.items():
+        means.errorbar(
+            estimates.iqm[name],
+            label,
+            xerr=np.abs(estimates.iqm_interval[name] - estimates.iqm[name])[:, None],
+            fmt="o",
+            lw=6,
+            ms=9,
+            mfc="white",
+            color=colors[label],
+        )
     means.set(xlabel="interquartile mean of the scores, 95 % interval", ylim=(len(names) - 0.5, -0.5))
-    profiles.set(xlabel="score τ", ylabel="share of runs above τ", ylim=(0, 1.02))
-    profiles.legend()
+    plot_utils.plot_performance_profiles(
+        {names[name]: profile for name, profile in estimates.profile.items()},
+        estimates.taus,
+        {names[name]: interval for name, interval in estimates.profile_interval.items()},
+        ax=profiles,
+        colors=colors,
+        xlabel="score τ",
+        ylabel="share of runs with score > τ",
+        labelsize="medium",
+        ticklabelsize="medium",
+    )
+    profiles.set(xlim=(estimates.taus[0], estimates.taus[-1]), ylim=(0, 1.03))
+    figure.legend(*profiles.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
     for (first, second), p in estimates.better.items():
-        label = f"{first}\nover {second}"
-        better.plot(estimates.better_interval[first, second], [label, label], lw=8, alpha=0.4, color="tab:gray")
-        better.plot(p, label, "ko")
+        label = f"{names[first]}\nover {names[second]}"
+        interval = np.abs(estimates.better_interval[first, second] - p)[:, None]
+        better.errorbar(p, label, xerr=interval, fmt="o", lw=6, ms=9, mfc="white", color="tab:gray")
     better.axvline(0.5, color="k", ls="--", lw=1)
     better.set(xlabel="probability of improvement, 95 % interval", xlim=(-0.02, 1.02))
     better.set_ylim(len(estimates.better) - 0.5, -0.5)
@@ -231,12 +247,12 @@ def draw(estimates: Estimates) -> Figure:
 
 def report(path: Path, given: Mapping[str, float], clock: str = "wall") -> None:
     """
-    Print the tables of a results file, and leave them and their picture beside it.
+    Print the tables of a results file, and write tables and figure beside it.
 
     :param path: the CSV file
-    :param given: environment ↦ threshold, where it is not to be Gymnasium's
+    :param given: environment -> threshold, instead of Gymnasium's
     :param clock: ``"wall"``, or ``"cpu"`` for seconds of the process alone
-    :raises UsageError: the runs do not suffice
+    :raises UsageError: there are too few runs
     """
     results = read_results(path, clock)
     estimates = estimate(scores(results))

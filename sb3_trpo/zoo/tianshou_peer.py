@@ -1,4 +1,4 @@
-"""Tianshou's TRPO for comparisons, as its MuJoCo example builds it. Tianshou is no dependency of this package."""
+"""Tianshou's TRPO for comparisons, as its MuJoCo example builds it. Tianshou is not a dependency of this package."""
 
 from collections.abc import Callable
 from typing import Any
@@ -74,7 +74,7 @@ def train(
     after_update: Callable[[int, Callable[[], np.ndarray]], None],
 ) -> None:
     """
-    Train with normalised observations, as the example does, without its logs.
+    Train with normalized observations, as the example does, without its logs.
 
     :param env_id: registered id; Box observations and actions
     :param seed: of environments and networks

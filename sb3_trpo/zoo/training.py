@@ -1,4 +1,4 @@
-"""One training of a benchmark: any algorithm of RL Zoo, Tianshou's TRPO, or random actions, with the same evaluations."""
+"""One training job of a benchmark: an algorithm of RL Zoo, Tianshou's TRPO, or random actions, evaluated alike."""
 
 import argparse
 import contextlib
@@ -25,21 +25,29 @@ from sb3_trpo.zoo import tianshou_peer
 from sb3_trpo.zoo.hyperparameters import read
 from sb3_trpo.zoo.registration import ALGORITHMS, PEERS, ZOO_CONFIGS
 
-#: Tianshou's TRPO, where it is installed; and random actions, the zero of normalised scores.
+#: Tianshou's TRPO, if it is installed, and random actions, the zero of normalized scores.
 TIANSHOU, RANDOM = "tianshou_trpo", "random"
 
 
-class Job(NamedTuple):
+Clocks = Callable[[], np.ndarray]
+
+
+def wall_and_cpu_seconds() -> np.ndarray:
+    """Return wall and CPU seconds of this process."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+class TrainingJob(NamedTuple):
     """
-    One training.
+    One training job.
 
     :param env: environment id
-    :param algorithm: its name
-    :param seed: of environments, networks and minibatches
+    :param algorithm: name on the command line
+    :param seed: seed of environments, networks and minibatches
     :param n_timesteps: environment steps
-    :param eval_freq: environment steps from one evaluation to the next
-    :param eval_episodes: episodes of an evaluation
-    :param folder: where it is kept, in RL Zoo's layout, for this seed alone
+    :param eval_freq: environment steps between evaluations
+    :param eval_episodes: episodes per evaluation
+    :param folder: folder for the runs of this seed, in RL Zoo's layout
     :param gym_packages: packages that register environments
     """
 
@@ -54,20 +62,25 @@ class Job(NamedTuple):
 
     @property
     def run_folder(self) -> Path:
-        """Folder of this training alone, named as by the zoo."""
+        """Folder of this job, named as RL Zoo does."""
         return self.folder / self.algorithm / f"{self.env.replace('/', '-')}_1"
 
     @property
     def results(self) -> Path:
-        """The evaluations, written at the end: the training is finished if they are there."""
+        """File of the evaluations, written at the end: the job is finished if it exists."""
         return self.run_folder / "evaluations.csv"
 
 
-class Record:
-    """Evaluations of one training, at the seconds of the training alone: the clocks stand still while it evaluates."""
+class EvaluationLog:
+    """
+    Evaluations of one job, with the training time at which they ran, excluding evaluation.
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    :param job: the job
+    :param clocks: gives wall and CPU seconds
+    """
+
+    def __init__(self, job: TrainingJob, clocks: Clocks = wall_and_cpu_seconds) -> None:
+        self.job, self._clocks = job, clocks
         self.rows: list[dict[str, Any]] = []
         self.start()
 
@@ -75,16 +88,12 @@ class Record:
         """Start the clocks."""
         self._started = self._clocks()
 
-    @staticmethod
-    def _clocks() -> np.ndarray:
-        return np.array([time.perf_counter(), time.process_time()])
-
     def evaluate(self, steps: int, evaluation: Callable[[], Sequence[float] | np.ndarray]) -> None:
         """
-        Evaluate, and write the returns down.
+        Evaluate and store the returns.
 
         :param steps: environment steps trained so far
-        :param evaluation: gives the return of each episode
+        :param evaluation: returns the return of each episode
         """
         stopped = self._clocks()
         seconds, cpu_seconds = stopped - self._started
@@ -106,34 +115,32 @@ class Record:
 
 
 class Evaluation(BaseCallback):
-    """Evaluates the deterministic policy at even intervals, as SB3's ``EvalCallback``, and records the seconds as well."""
+    """Evaluate the deterministic policy at even intervals, as SB3's ``EvalCallback`` does, and record the training time."""
 
-    def __init__(self, record: Record, env: VecEnv, eval_freq: int) -> None:
+    def __init__(self, log: EvaluationLog, env: VecEnv, eval_freq: int) -> None:
         """
-        Prepare the evaluations.
+        Initialize the callback.
 
-        :param record: where they go
-        :param env: normalised as the training environment is, if that is
-        :param eval_freq: calls from one evaluation to the next
+        :param log: log for the evaluations
+        :param env: evaluation environment, normalized if the training environment is
+        :param eval_freq: calls between evaluations
         """
         super().__init__()
-        self.record, self.env, self.eval_freq = record, env, eval_freq
+        self.log, self.env, self.eval_freq = log, env, eval_freq
 
     def _on_training_start(self) -> None:
-        self.record.start()
+        self.log.start()
 
     def _on_step(self) -> bool:
         if self.n_calls % self.eval_freq == 0:
-            self.record.evaluate(self.num_timesteps, self._evaluate)
-            self.logger.record("eval/mean_reward", self.record.rows[-1]["mean_return"])
+            self.log.evaluate(self.num_timesteps, self._evaluate)
+            self.logger.record("eval/mean_reward", self.log.rows[-1]["mean_return"])
         return True
 
     def _evaluate(self) -> list[float]:
         if self.model.get_vec_normalize_env() is not None:
             sync_envs_normalization(self.training_env, self.env)
-        returns, _ = evaluate_policy(
-            self.model, self.env, self.record.job.eval_episodes, return_episode_rewards=True, warn=False
-        )
+        returns, _ = evaluate_policy(self.model, self.env, self.log.job.eval_episodes, return_episode_rewards=True, warn=False)
         assert isinstance(returns, list)
         return returns
 
@@ -142,10 +149,9 @@ def hyperparameters_of(algorithm: str, env_id: str) -> dict[str, Any]:
     """
     Look up an algorithm's published hyperparameters.
 
-    :param algorithm: name in RL Zoo, where ours are registered
+    :param algorithm: name in RL Zoo, with this package's algorithms registered
     :param env_id: environment id
-    :return: the entry of its file; that of another version of the environment (``-v4`` for ``-v5``) if there is none, or of
-        all Atari games, or the default
+    :return: the entry of the environment, else of Atari, of another version (``-v4`` for ``-v5``), or the default
     :raises UsageError: the file cannot be read
     """
     known = ALGORITHMS | PEERS
@@ -158,11 +164,11 @@ def hyperparameters_of(algorithm: str, env_id: str) -> dict[str, Any]:
     return next((entry for other, entry in entries.items() if other.rpartition("-v")[0] == name), entries["default"])
 
 
-def run(job: Job) -> Job:
+def run(job: TrainingJob) -> TrainingJob:
     """
-    Train, and write the evaluations to ``job.results``. What an interrupted run has left is removed first.
+    Train and write the evaluations to ``job.results``. Remove the files of an interrupted run first.
 
-    :param job: what to do
+    :param job: the job
     :return: the job
     """
     th.set_num_threads(1)
@@ -171,24 +177,24 @@ def run(job: Job) -> Job:
     shutil.rmtree(job.run_folder, ignore_errors=True)
     job.run_folder.parent.mkdir(parents=True, exist_ok=True)
     set_random_seed(job.seed)
-    record = Record(job)
+    log = EvaluationLog(job)
     trainings = {TIANSHOU: train_tianshou, RANDOM: act_at_random}
-    log = job.run_folder.parent / f"{job.run_folder.name}.log"
-    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        trainings.get(job.algorithm, train_zoo)(job, record)
+    output = job.run_folder.parent / f"{job.run_folder.name}.log"
+    with output.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        trainings.get(job.algorithm, train_zoo)(job, log)
     job.run_folder.mkdir(parents=True, exist_ok=True)
     rows = job.results.with_suffix(".tmp")
-    pd.DataFrame(record.rows).to_csv(rows, index=False)
+    pd.DataFrame(log.rows).to_csv(rows, index=False)
     rows.replace(job.results)
     return job
 
 
-def train_zoo(job: Job, record: Record) -> None:
+def train_zoo(job: TrainingJob, log: EvaluationLog) -> None:
     """
     Train an algorithm of RL Zoo as ``rl_zoo3.train`` does.
 
     :param job: what to do
-    :param record: for the evaluations
+    :param log: log for the evaluations
     """
     config = job.run_folder.parent / f"{job.run_folder.name}.yml"
     config.write_text(yaml.safe_dump({job.env: hyperparameters_of(job.algorithm, job.env)}), encoding="utf-8")
@@ -212,35 +218,35 @@ def train_zoo(job: Job, record: Record) -> None:
     model, _ = experiment
     env = manager.create_envs(1, eval_env=True)
     env.seed(job.seed + 1_000)
-    manager.callbacks.append(Evaluation(record, env, max(job.eval_freq // manager.n_envs, 1)))
+    manager.callbacks.append(Evaluation(log, env, max(job.eval_freq // manager.n_envs, 1)))
     manager.learn(model)
     manager.save_trained_model(model)
 
 
-def train_tianshou(job: Job, record: Record) -> None:
+def train_tianshou(job: TrainingJob, log: EvaluationLog) -> None:
     """
     Train Tianshou's TRPO.
 
     :param job: what to do
-    :param record: for the evaluations
+    :param log: log for the evaluations
     """
     writer = SummaryWriter(str(job.run_folder))
 
     def after_update(steps: int, evaluate: Callable[[], np.ndarray]) -> None:
-        if len(record.rows) < steps // job.eval_freq:
-            record.evaluate(steps, evaluate)
-            writer.add_scalar("eval/mean_reward", record.rows[-1]["mean_return"], steps)
+        if len(log.rows) < steps // job.eval_freq:
+            log.evaluate(steps, evaluate)
+            writer.add_scalar("eval/mean_reward", log.rows[-1]["mean_return"], steps)
 
     tianshou_peer.train(job.env, job.seed, job.n_timesteps, job.eval_episodes, after_update)
     writer.close()
 
 
-def act_at_random(job: Job, record: Record) -> None:
+def act_at_random(job: TrainingJob, log: EvaluationLog) -> None:
     """
     Take random actions.
 
     :param job: what to do
-    :param record: for its one row, at step 0
+    :param log: log for the only row, at step 0
     """
     env = gym.make(job.env)
     env.action_space.seed(job.seed)
@@ -254,5 +260,5 @@ def act_at_random(job: Job, record: Record) -> None:
             done = terminated or truncated
         return total
 
-    record.evaluate(0, lambda: [play(episode) for episode in range(job.eval_episodes)])
+    log.evaluate(0, lambda: [play(episode) for episode in range(job.eval_episodes)])
     env.close()

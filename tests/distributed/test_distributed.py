@@ -453,7 +453,7 @@ def fail(what: Callable[[Any], Any], message: str, timeout: float, folder: Path)
 
 
 def test_a_process_that_comes_to_other_parameters_is_named(tmp_path: Path) -> None:
-    together(fail, moves, "rank 1 has come to another parameters", 60.0, tmp_path)
+    together(fail, moves, "rank 1 diverged from the other ranks in: parameters", 60.0, tmp_path)
 
 
 def be_killed(what: Callable[[Any], Any], timeout: float, folder: Path) -> None:
@@ -490,13 +490,13 @@ def test_a_process_that_dies_or_hangs_is_named_and_the_checkpoint_is_whole(
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.name == "checkpoint_64_steps.zip"  # the death was before the next
-    with pytest.warns(UserWarning, match="of 2 processes and goes on in 1"):
+    with pytest.warns(UserWarning, match="of 2 processes is resumed in 1"):
         assert TRPO.resume(checkpoint, make_vec_env("CartPole-v1", 1), device="cpu").num_timesteps == 64
 
 
 def test_fingerprints_name_the_odd_ones() -> None:
     prints = [{"parameters": name} for name in "aabaa"]
-    with pytest.raises(RankError, match="rank 2 has come to another parameters") as error:
+    with pytest.raises(RankError, match="rank 2 diverged from the other ranks in: parameters") as error:
         check_fingerprints(prints)
     assert error.value.ranks == (2,)
     with pytest.raises(RankError) as error:
@@ -579,7 +579,7 @@ def save(folder: Path) -> list[Any]:
 def test_a_checkpoint_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
     saved = together(save, tmp_path)[0]
     env = VecNormalize(make_vec_env("Pendulum-v1", 3))
-    with pytest.warns(UserWarning, match="of 2 processes and goes on in 1") as caught:
+    with pytest.warns(UserWarning, match="of 2 processes is resumed in 1") as caught:
         model = TRPO.resume(tmp_path / "checkpoint.zip", env, device="cpu")
     assert len(caught) == 1
     assert same(end(model)[:7], saved[:7])

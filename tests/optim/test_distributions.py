@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch as th
 from scipy import stats
-from torch.distributions import Bernoulli, Categorical, Normal, VonMises, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Distribution, Normal, VonMises, kl_divergence
 
 from sb3_trpo.adapters.models import components
 from sb3_trpo.optim.batch import map_inputs
@@ -179,6 +179,16 @@ def test_outputs_are_connected_to_the_policy(case):
     assert all(tensor.shape[0] == case.rollout.n_states and tensor.requires_grad for tensor in z)
 
 
+@pytest.fixture
+def validation():
+    """torch's checks as they are by default; `torch.compile` switches them off for the whole process."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(True)
+    yield
+    Distribution.set_default_validate_args(before)
+
+
+@pytest.mark.usefixtures("validation")
 def test_validation_is_off_inside_and_back_afterwards():
     nan = tensor([float("nan")])
     with pytest.raises(ValueError, match="invalid values"):
@@ -189,6 +199,7 @@ def test_validation_is_off_inside_and_back_afterwards():
         Normal(nan, nan)
 
 
+@pytest.mark.usefixtures("validation")
 def test_validation_is_back_after_an_exception():
     @without_validation()
     def fail():

@@ -156,13 +156,18 @@ def test_the_same_without_assertions() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_large_numbers_are_finite(dtype: type[Any]) -> None:
-    large = np.full((2, 3), np.finfo(dtype).max, dtype)
+    large = np.full((2, 3), min(np.finfo(dtype).max, np.finfo(np.float32).max), dtype)
 
     assert is_finite(large)
     assert is_finite(-large)
     large[1, 2] = np.inf
     assert not is_finite(large)
     assert is_finite(np.arange(3))
+
+
+def test_is_finite_refuses_what_is_infinite_in_float32() -> None:
+    assert not is_finite(np.array([1.0, 1e39]))
+    assert not is_finite(np.array([1.0, -1e39]))
 
 
 # ---- numbers that are finite and too large

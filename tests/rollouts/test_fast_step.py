@@ -121,8 +121,9 @@ class TestStepDummy:
         """So that the comparison is not of SB3 with itself."""
         env = make_dummy()
         env.reset()
+        step = fast_step_fn(env)
         monkeypatch.setattr(DummyVecEnv, "step_wait", None)
-        fast_step_fn(env)(np.zeros((N_ENVS, 2)))
+        step(np.zeros((N_ENVS, 2)))
 
     def test_both_ends_of_episodes_occur(self):
         steps = history(make_dummy(), 100)[1:]
@@ -199,9 +200,10 @@ class TestStepNormalize:
     def test_it_is_lean_that_steps(self, monkeypatch):
         env = VecNormalize(make_dummy())
         env.reset()
+        step = fast_step_fn(env)
         monkeypatch.setattr(VecNormalize, "step_wait", None)
         monkeypatch.setattr(DummyVecEnv, "step_wait", None)
-        fast_step_fn(env)(np.zeros((N_ENVS, 2)))
+        step(np.zeros((N_ENVS, 2)))
 
     def test_training_may_be_switched_while_stepping(self):
         def run(make_step):

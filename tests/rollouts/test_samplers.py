@@ -217,10 +217,10 @@ def test_lean_actors_follow_the_policys_parameters():
 
 
 class OwnDistribution(ActorCriticPolicy):
-    """A policy with a distribution of its own."""
+    """A policy with a distribution of its own, in acting, evaluating and predicting alike."""
 
-    def get_distribution(self, obs):
-        return super().get_distribution(0.0 * obs)
+    def _get_action_dist_from_latent(self, latent_pi):
+        return super()._get_action_dist_from_latent(0.5 * latent_pi)
 
 
 DICT = spaces.Dict({"a": VECTOR, "b": spaces.Discrete(3)})

@@ -132,7 +132,7 @@ def test_code_in_an_entry_does_not_run(disguise: Callable[[Calls], Any], entry: 
 def test_a_function_needs_trust_or_a_replacement(tmp_path: Path) -> None:
     make(learning_rate=lambda progress: 1e-3 * progress).save(tmp_path / "model")
 
-    with pytest.raises(UntrustedFileError, match=r"'learning_rate'.*cloudpickle.*trust=True.*custom_objects"):
+    with pytest.raises(UntrustedFileError, match=r"'learning_rate'.*cloudpickle.*custom_objects.*trust=True"):
         TRPO.load(tmp_path / "model", device="cpu")
     assert TRPO.load(tmp_path / "model", device="cpu", trust=True).lr_schedule(0.5) == 5e-4
     assert TRPO.load(tmp_path / "model", device="cpu", custom_objects={"learning_rate": 0.1}).lr_schedule(0.5) == 0.1
@@ -170,7 +170,7 @@ def test_a_class_itself_cannot_be_changed(kind: type) -> None:
 
 
 def test_numpys_data_types_cannot_be_changed() -> None:
-    code = b"\x80\x02cnumpy\ndtype\nU\x02f4\x85R" + pickle.dumps((3, ">", None, None, None, -1, -1, 0), 2)[2:-1] + b"b."
+    code = pickle.dumps(np.dtype(">f4"))
 
     assert restricted_loads(code) == np.dtype(">f4")
     assert np.dtype("f4").isnative
@@ -189,7 +189,7 @@ def test_a_small_pickle_cannot_ask_for_much_memory(bomb: bytes) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (2**36, hard))
     try:
-        with pytest.raises((pickle.UnpicklingError, TypeError, IndexError)):
+        with pytest.raises((pickle.UnpicklingError, ValueError)):
             restricted_loads(bomb)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
@@ -470,6 +470,8 @@ def test_an_environment_normalized_in_another_way_is_reported(tmp_path: Path) ->
 
     with pytest.warns(UserWarning, match="does not have it"):
         TRPO.load(with_it, env=plain, device="cpu")
+    with pytest.warns(UserWarning, match=r"loaded without.*load_vec_normalize"):
+        TRPO.load(with_it, device="cpu")
     with pytest.warns(UserWarning, match="statistics"):
         TRPO.load(with_it, env=normalized(), device="cpu")
     with pytest.warns(UserWarning, match="trained without"):
@@ -478,7 +480,7 @@ def test_an_environment_normalized_in_another_way_is_reported(tmp_path: Path) ->
         warnings.simplefilter("error")
         TRPO.load(with_it, env=load_vec_normalize(with_it, make_vec_env("CartPole-v1")), device="cpu")
         TRPO.load(without, env=plain, device="cpu")
-        TRPO.load(with_it, device="cpu")
+        TRPO.load(without, device="cpu")
 
 
 def test_loading_leaves_the_global_generators_alone(tmp_path: Path) -> None:

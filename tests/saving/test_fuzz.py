@@ -8,6 +8,8 @@ import io
 import json
 import os
 import random
+import subprocess
+import sys
 import tracemalloc
 import warnings
 import zipfile
@@ -28,6 +30,7 @@ from sb3_trpo import TRPO, CorruptCheckpointError, NonFiniteError, UntrustedFile
 from sb3_trpo.errors import MismatchError
 
 COUNT = int(os.environ.get("SB3_TRPO_FUZZ", "150"))
+SAMPLE = COUNT // 3
 NAMED = (CorruptCheckpointError, UntrustedFileError, NonFiniteError)
 
 
@@ -139,6 +142,28 @@ def test_damaged_files_end_in_named_errors(
     print(way.__name__, dict(counts), f"peak of {most / len(original):.1f} times the file")
     assert not list(here.iterdir())
     assert most < 4 * len(original) + 2**22
+
+
+def test_files_damaged_by_structure_do_nothing(tmp_path: Path) -> None:
+    """A small sample of the 20,000 files of ``benchmarks/results/fuzz_files.json``."""
+    script = Path(__file__).parents[2] / "benchmarks" / "fuzz_files.py"
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    command = [
+        sys.executable,
+        str(script),
+        "--count",
+        str(SAMPLE),
+        "--first",
+        "100000",
+        "--output",
+        str(tmp_path / "counts.json"),
+    ]
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=600)
+
+    result = json.loads((tmp_path / "counts.json").read_text())
+    assert result["problems"] == []
+    assert result["counts"]["files"] == SAMPLE
+    assert result["counts"]["outcome: UntrustedFileError"] > 0
 
 
 VALUES = st.one_of(

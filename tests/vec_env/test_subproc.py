@@ -1,7 +1,9 @@
 """Environments in processes of their own: what a failure says, and that the model outlives it."""
 
+import functools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -124,3 +126,74 @@ def test_the_keyboard_is_left_to_the_main_process() -> None:
         os.kill(process.pid, signal.SIGINT)  # type: ignore[arg-type]
     assert env.step(np.array([0, 1]))[0].shape == (2, 4)
     env.close()
+
+
+# ---- time-outs in the middle of a message
+
+LARGE = 80_000_000  # bytes, far more than a socket holds
+
+
+class Large(gym.Env):
+    """Answer with a large observation; something happens to the process while it is being sent."""
+
+    observation_space = gym.spaces.Box(0, 255, (LARGE,), np.uint8)
+    action_space = gym.spaces.Box(0, 255, (LARGE,), np.uint8)
+
+    def __init__(self, how: int | None = None) -> None:
+        self.how = how
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        if self.how is not None:
+            threading.Timer(0.3, os.kill, (os.getpid(), self.how)).start()
+        return np.zeros(LARGE, np.uint8), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        return np.full(LARGE, action[-1], np.uint8), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+@pytest.mark.parametrize(
+    ("how", "timeout", "message"),
+    [
+        (signal.SIGSTOP, 1.5, "worker 1 did not answer within 1.5 seconds"),
+        (signal.SIGKILL, None, "worker 1 was killed by SIGKILL"),
+    ],
+)
+def test_recv_ends_when_a_worker_stops_or_dies_in_the_middle_of_an_answer(
+    how: int, timeout: float | None, message: str, start_method: str
+) -> None:
+    # The first worker is asked for nothing: it keeps the second one's connection open under "fork".
+    makers = [lambda: gym.make("CartPole-v1"), functools.partial(Large, how)]
+    env = WatchedSubprocVecEnv(makers, start_method=start_method, timeout=60.0)
+    env._timeout = timeout
+    env.remotes[1].send(("reset", (None, None)))
+    time.sleep(0.6)  # part of the answer is in the socket, and there it stays
+    with pytest.raises(WorkerError, match=message):
+        env.remotes[1].recv()
+    assert not any(process.is_alive() for process in env.processes)
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_send_ends_when_a_worker_does_not_take_the_message(how: int) -> None:
+    env = WatchedSubprocVecEnv([lambda: gym.make("CartPole-v1"), Large], start_method="fork", timeout=60.0)
+    env._timeout = 1.0
+    os.kill(env.processes[1].pid, how)  # type: ignore[arg-type]
+    with pytest.raises(WorkerError, match="worker 1"):
+        env.step([0, np.zeros(LARGE, np.uint8)])  # type: ignore[arg-type]
+    assert not any(process.is_alive() for process in env.processes)
+
+
+def test_large_messages_arrive_whole() -> None:
+    env = WatchedSubprocVecEnv([Large], start_method="fork", timeout=60.0)
+    assert env.reset().shape == (1, LARGE)
+    observations, *_ = env.step(np.full((1, LARGE), 7, np.uint8))
+    assert (observations == 7).all()
+    env.close()
+
+
+def test_close_ends_a_stopped_worker() -> None:
+    env = WatchedSubprocVecEnv([lambda: gym.make("CartPole-v1")] * 2, start_method="fork", timeout=60.0)
+    env._timeout = 1.0
+    os.kill(env.processes[0].pid, signal.SIGSTOP)  # type: ignore[arg-type]
+    env.close()
+    assert not any(process.is_alive() for process in env.processes)

@@ -21,9 +21,9 @@ from sb3_trpo.zoo import report as compare
 from sb3_trpo.zoo import training as jobs
 
 
-def job(folder: Path, algorithm: str = "trpo", **changes: Any) -> jobs.Job:
+def job(folder: Path, algorithm: str = "trpo", **changes: Any) -> jobs.TrainingJob:
     settings = {"env": "CartPole-v1", "algorithm": algorithm, "seed": 0, "n_timesteps": 1024, "eval_freq": 512}
-    return jobs.Job(**{**settings, "eval_episodes": 2, "folder": folder, "gym_packages": (), **changes})
+    return jobs.TrainingJob(**{**settings, "eval_episodes": 2, "folder": folder, "gym_packages": (), **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +35,9 @@ def arguments(folder: Path, *more: str) -> Any:
     return benchmark.parse_arguments(["--env", "CartPole-v1", "--output", str(folder), *more])
 
 
-def test_the_clocks_stand_still_while_it_evaluates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_log_excludes_the_time_of_evaluations(tmp_path: Path) -> None:
     now = np.zeros(2)
-    monkeypatch.setattr(jobs.Record, "_clocks", staticmethod(lambda: now.copy()))
-    record = jobs.Record(job(tmp_path))
+    record = jobs.EvaluationLog(job(tmp_path), lambda: now.copy())
 
     def evaluate() -> list[float]:
         now[:] += 100
@@ -70,14 +69,14 @@ def test_every_algorithm_is_trained_and_recorded_alike(tmp_path: Path, algorithm
 def test_evaluations_see_the_running_normalisation(tmp_path: Path) -> None:
     env = VecNormalize(make_vec_env("CartPole-v1", 1, seed=0))
     held_out = VecNormalize(make_vec_env("CartPole-v1", 1, seed=1), training=False, norm_reward=False)
-    record = jobs.Record(job(tmp_path))
+    record = jobs.EvaluationLog(job(tmp_path))
     TRPO("MlpPolicy", env, n_steps=64, batch_size=64).learn(128, callback=jobs.Evaluation(record, held_out, 64))
     assert [row["steps"] for row in record.rows] == [64, 128]
     assert env.obs_rms.count > 128
     np.testing.assert_array_equal(held_out.obs_rms.mean, env.obs_rms.mean)
 
 
-def test_normalised_runs_record_raw_returns(tmp_path: Path) -> None:
+def test_normalized_runs_record_raw_returns(tmp_path: Path) -> None:
     done = jobs.run(job(tmp_path, env="MountainCar-v0", n_timesteps=2048, eval_freq=2048))
     assert (done.run_folder / "MountainCar-v0" / "vecnormalize.pkl").exists()
     assert list(pd.read_csv(done.results)["mean_return"]) == [-200.0]
@@ -121,8 +120,8 @@ def test_settings_are_not_mixed_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_what_is_left_is_said() -> None:
-    assert benchmark.words(benchmark.Counter(["trpo", "ppo", "trpo"])) == "left: 2 trpo, 1 ppo"
-    assert benchmark.words(benchmark.Counter()) == "left: nothing"
+    assert benchmark.remaining(benchmark.Counter(["trpo", "ppo", "trpo"])) == "left: 2 trpo, 1 ppo"
+    assert benchmark.remaining(benchmark.Counter()) == "left: nothing"
 
 
 def test_from_the_command_to_tables_and_pictures_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +140,7 @@ def test_from_the_command_to_tables_and_pictures_and_again(tmp_path: Path, capsy
     planned = benchmark.plan(benchmark.parse_arguments(command))
     written = {one.results: one.results.stat().st_mtime_ns for one in planned}
     planned[1].results.unlink()  # one is lost, and is done again; the others are kept
-    assert benchmark.work(planned, 1, tmp_path / "results.csv") == {}
+    assert benchmark.run_jobs(planned, 1, tmp_path / "results.csv") == {}
     again = {path for path, time in written.items() if path.stat().st_mtime_ns != time}
     assert again == {planned[1].results}
     assert "left: 1 " in capsys.readouterr().err
@@ -149,6 +148,6 @@ def test_from_the_command_to_tables_and_pictures_and_again(tmp_path: Path, capsy
 
 def test_a_training_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
     planned = [job(tmp_path, "random", env="CartPole-v77"), job(tmp_path, "random")]
-    failed = benchmark.work(planned, 1, tmp_path / "results.csv")
+    failed = benchmark.run_jobs(planned, 1, tmp_path / "results.csv")
     assert list(failed) == planned[:1]
     assert planned[1].results.exists()

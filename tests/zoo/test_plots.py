@@ -46,26 +46,72 @@ def test_episodes_are_counted_over_all_environments(folder: Path) -> None:
     assert episodes["seconds"].is_monotonic_increasing
 
 
-def test_the_trust_region_is_drawn_as_logged() -> None:
-    updates = pd.DataFrame(
+def trust_region_updates() -> pd.DataFrame:
+    """Updates of three runs in RL Zoo's layout: two seeds of one environment, and another environment."""
+    runs = ["seed_0/trpo/CartPole-v1_1/TRPO_1"] * 2 + ["seed_1/trpo/CartPole-v1_1/TRPO_1"] + ["seed_0/npg/Pendulum-v1_2/NPG_1"]
+    return pd.DataFrame(
         {
-            "run": ["a", "a", "b"],
-            "steps": [10, 20, 10],
-            "kl": [0.01, 0.0, 0.02],
-            "target_kl": [0.02, 0.02, 0.02],
-            "cg_iterations": [3, 4, 5],
-            "backtracks": [0, 10, 1],
-            "step_length": [0.5, 0.0, 0.25],
+            "run": runs,
+            "steps": [10, 20, 10, 30],
+            "kl": [0.01, 0.0, 0.02, 0.005],
+            "target_kl": [0.02, 0.02, 0.02, 0.01],
+            "cg_iterations": [3, 4, 5, 6],
+            "backtracks": [0, 10, 1, 0],
+            "step_length": [0.5, 0.0, 0.25, 0.1],
         }
     )
-    figure = plots.draw_trust_region(updates)
-    kl, share, iterations, backtracks, length = figure.axes
-    assert [list(line.get_ydata()) for line in kl.lines] == [[0.01, 0.0], [0.02, 0.02], [0.02], [0.02]]
-    assert [list(line.get_ydata()) for line in share.lines] == [[0.5, 0.0], [1.0]]
-    assert [list(line.get_ydata()) for line in iterations.lines] == [[3, 4], [5]]
-    assert [list(line.get_ydata()) for line in backtracks.lines] == [[0, 10], [1]]
-    assert length.get_yscale() == "log"
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_describe_runs_reads_environment_and_algorithm_from_the_folders() -> None:
+    described = plots.describe_runs(trust_region_updates())
+    assert list(described["env"]) == ["CartPole-v1"] * 3 + ["Pendulum-v1"]
+    assert list(described["algorithm"]) == ["TRPO (sb3_trpo)"] * 3 + ["NPG (sb3_trpo)"]
+    assert list(described["update"]) == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("run", "env", "algorithm"),
+    [("trpo/Hopper-v5_3", "Hopper-v5", "TRPO (sb3_trpo)"), ("CartPole-v1_1", "CartPole-v1", "TRPO"), ("TRPO_1", "", "TRPO_1")],
+)
+def test_describe_runs_knows_other_layouts(run: str, env: str, algorithm: str) -> None:
+    described = plots.describe_runs(pd.DataFrame({"run": [run]}))
+    assert (described["env"][0], described["algorithm"][0]) == (env, algorithm)
+
+
+def test_draw_trust_region_has_a_column_for_each_environment_with_mean_and_range() -> None:
+    figure = plots.draw_trust_region(trust_region_updates())
+    assert len(figure.axes) == 4 * 2
+    kl, kl_of_one_run = figure.axes[:2]
+    mean, target = kl.lines
+    assert list(mean.get_xdata()) == [10, 20]
+    assert list(mean.get_ydata()) == pytest.approx([0.015, 0.0])
+    assert list(target.get_ydata()) == [0.02, 0.02]
+    (band,) = kl.collections
+    assert band.get_paths()[0].get_extents().ymax == pytest.approx(0.02)
+    assert [list(line.get_ydata()) for line in kl_of_one_run.lines] == [[0.005], [0.01]]
+    assert not kl_of_one_run.collections
+    assert figure.axes[4].get_ylim()[0] < 0  # points at zero backtracks are not cut
+    assert figure.axes[6].get_yscale() == "log"
+    assert [axes.get_title("left") for axes in figure.axes[:2]] == ["CartPole-v1", "Pendulum-v1"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["TRPO (sb3_trpo)", "NPG (sb3_trpo)", "δ (target_kl)"]
+    assert figure.legends[0].get_title().get_text() == "mean and range of 2 runs"
+
+
+def test_draw_learning_shows_evaluations_and_names_the_window(folder: Path) -> None:
+    run = folder / "trpo" / "CartPole-v1_1"
+    np.savez(run / "evaluations.npz", timesteps=[128, 256], results=[[1.0, 3.0], [5.0, 7.0]])
+    evaluations = plots.read_evaluations(folder)
+    assert list(evaluations["return"]) == [2.0, 6.0]
+    figure = plots.draw_learning(plots.read_episodes(folder), evaluations)
+    steps, seconds = figure.axes
+    assert [2.0, 6.0] in [list(line.get_ydata()) for line in steps.lines]
+    assert steps.get_title("left") == "CartPole-v1"
+    assert not seconds.get_title("left")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[0] == "training episode"
+    assert labels[1].startswith("mean of the last ")
+    assert labels[2] == "evaluation, deterministic policy"
 
 
 def test_learning_curves_show_each_environment_against_steps_and_seconds() -> None:
@@ -97,7 +143,7 @@ def test_pictures_of_a_folder_and_of_a_results_file(folder: Path, tmp_path: Path
     pictures = plots.plot(folder, tmp_path / "pictures")
     assert [path.name for path in pictures] == ["learning_curves", "trust_region"]
     assert all(path.with_suffix(ending).stat().st_size > 0 for path in pictures for ending in (".png", ".svg"))
-    assert "share of δ used" in (tmp_path / "pictures" / "trust_region.svg").read_text(encoding="utf-8")
+    assert "δ (target_kl)" in (tmp_path / "pictures" / "trust_region.svg").read_text(encoding="utf-8")
     assert str(tmp_path / "pictures" / "learning_curves.png") in capsys.readouterr().out
 
     rows = {

@@ -4,7 +4,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_trpo.rollouts.advantages import generalized_advantages
+from sb3_trpo.rollouts.collect import generalized_advantages
 
 
 def column(*values):

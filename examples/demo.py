@@ -1,7 +1,7 @@
 """
-TRPO on CartPole: train until solved, evaluate, save, load back, draw the learning curve.
+TRPO on CartPole: train until solved, evaluate, save, load, plot the learning curve.
 
-Run it with ``make demo``, or with ``python -m sb3_trpo.demo`` where the extra ``demo`` is installed.
+Run it with ``make demo``, or with ``python examples/demo.py`` where the extra ``demo`` is installed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ENV_ID = "CartPole-v1"
 N_ENVS = 4
 #: CartPole-v1 counts as solved at a mean return of 475 (of 500, the longest episode).
 SOLVED = 475.0
-#: Training stops when no episode of an evaluation falls short. A lower mean would do for a policy that was lucky once.
+#: Training stops when no episode of an evaluation falls short. A lower threshold would accept a policy that was lucky once.
 STOP_AT = 500.0
 #: Deterministic episodes of each evaluation, during training and after it.
 N_EVAL_EPISODES = 20
@@ -37,9 +37,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     :param argv: the arguments, those of the process if ``None``
     :return: ``out`` (a path), ``timesteps`` and ``seed``
     """
-    parser = argparse.ArgumentParser(prog="python -m sb3_trpo.demo", description=f"Train TRPO on {ENV_ID} until it is solved.")
-    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the model and the picture")
-    parser.add_argument("--timesteps", type=int, default=200_000, help="train for no more environment steps than this")
+    parser = argparse.ArgumentParser(description=f"Train TRPO on {ENV_ID} until it is solved.")
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for the model and the plot")
+    parser.add_argument("--timesteps", type=int, default=200_000, help="maximum number of environment steps")
     parser.add_argument("--seed", type=int, default=7)
     return parser.parse_args(argv)
 
@@ -49,8 +49,8 @@ def train(out: Path, timesteps: int, seed: int) -> TRPO:
     Train until an evaluation reaches :data:`STOP_AT`, or for ``timesteps`` steps.
 
     :param out: folder for the training episodes (``train/*.monitor.csv``) and the evaluations (``evaluations.npz``)
-    :param timesteps: the most environment steps to train for
-    :param seed: of the environments, the policy and the minibatches
+    :param timesteps: maximum number of environment steps
+    :param seed: seed of the environments, the policy and the minibatches
     :return: the trained model
     """
     train_env = make_vec_env(ENV_ID, n_envs=N_ENVS, seed=seed, monitor_dir=str(out / "train"))
@@ -76,8 +76,8 @@ def same_actions(model: TRPO, other: TRPO, seed: int) -> bool:
 
     :param model: the model that acts
     :param other: the model to compare with
-    :param seed: of the environment
-    :return: whether all their deterministic actions are equal
+    :param seed: seed of the environment
+    :return: True if all deterministic actions are equal
     """
     env = gym.make(ENV_ID)
     observation, _ = env.reset(seed=seed)
@@ -93,12 +93,13 @@ def same_actions(model: TRPO, other: TRPO, seed: int) -> bool:
 
 def plot_learning_curve(out: Path) -> Path:
     """
-    Draw the return of each training episode and the evaluations over the steps trained.
+    Plot the return of each training episode and the evaluations against environment steps.
 
     :param out: the folder that :func:`train` wrote to
-    :return: the path of the picture
+    :return: the path of the plot
     """
-    from matplotlib.figure import Figure  # an extra; a Figure of its own needs no display
+    from matplotlib.figure import Figure  # an extra; a Figure without pyplot needs no display
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -113,6 +114,7 @@ def plot_learning_curve(out: Path) -> Path:
     axes.plot(steps, returns.mean(axis=1), "o-", ms=3, color="tab:blue", label="evaluation, deterministic: mean and range")
     axes.axhline(SOLVED, color="tab:green", ls="--", lw=1, label=f"solved ({SOLVED:.0f})")
     axes.set(title=f"TRPO on {ENV_ID}", xlabel="environment steps", ylabel="return", xlim=(0, None), ylim=(0, None))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(loc="outside lower center", ncols=3)
     picture = out / "learning_curve.png"
     figure.savefig(picture, dpi=150)
@@ -124,16 +126,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run the demo.
 
     :param argv: the arguments, those of the process if ``None``
-    :return: 0 if CartPole is solved and the loaded model acts as the saved one, 1 if not
+    :return: 0 if CartPole is solved and the loaded model acts like the saved one, else 1
     """
     arguments = parse_arguments(argv)
     missing = [name for name in ("matplotlib", "rich", "tqdm") if find_spec(name) is None]
     if missing:
-        print(f"The demo also needs {', '.join(missing)}: pip install 'sb3_trpo[demo]'", file=sys.stderr)
+        print(f"The demo also needs {', '.join(missing)}: pip install '.[demo]'", file=sys.stderr)
         return 1
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    th.set_num_threads(1)  # the networks are small: more threads would mostly wait for one another
+    th.set_num_threads(1)  # the networks are small: more threads would wait for one another
 
     print(f"Training TRPO on {ENV_ID} until it is solved, for at most {arguments.timesteps:,} steps ...")
     start = time.perf_counter()

@@ -1,0 +1,319 @@
+"""The base class of all algorithms: files that are written whole and read safely, exact resumption, several processes."""
+
+import functools
+import io
+import pathlib
+import secrets
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar
+
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+
+from sb3_trpo.arguments import Rule, one_of
+from sb3_trpo.distributed import synchronization
+from sb3_trpo.distributed.moments import merged
+from sb3_trpo.distributed.process_group import SINGLE_PROCESS, ProcessGroup, RankInfo, detect_rank, join
+from sb3_trpo.rollouts.checks import EnvOutputCheck, kept_statistics
+from sb3_trpo.saving import checkpoint, loading
+from sb3_trpo.saving.random_streams import CallbackStream, isolated
+from sb3_trpo.saving.signals import release_signals
+from sb3_trpo.threads import training_threads
+
+#: Distance between the seeds of two processes: more than the environments of one, which have consecutive seeds.
+SEED_STRIDE = 10_000
+
+SelfResumable = TypeVar("SelfResumable", bound="ResumableAlgorithm")
+
+
+class ResumableAlgorithm(OnPolicyAlgorithm):
+    """
+    An on-policy algorithm with safe files and exact resumption, which several processes can train together.
+
+    The first process, rank 0, logs, evaluates and saves. In the others ``save`` writes nothing, the logger is silent, and
+    only callbacks whose attribute ``on_every_rank`` is True are called.
+    """
+
+    #: What the constructor allows, by argument.
+    argument_rules: ClassVar[dict[str, Rule]] = {}
+    #: Whether to train together with the other processes that ``torchrun`` started: True if there must be some, False for
+    #: none, None for those there are.
+    distributed: bool | None = None
+    #: Whether to refuse observations with a NaN or an infinity.
+    check_observations: bool = True
+    #: Seconds that a process waits for the others before the training ends with an error.
+    rank_timeout: float = 1800.0
+    #: Whether the latest rollout was stopped before its end, and no update followed.
+    rollout_was_broken_off: bool = False
+    _ranks: ProcessGroup = SINGLE_PROCESS
+    #: Whether the model was resumed and has not trained since; then what the next write of the log is to hold.
+    _resumed: bool = False
+    _pending_log: list[dict[str, Any]] | None = None
+    #: Rollouts since ``learn`` was called, including those before a resume.
+    _iteration: int = 0
+    _run_id: str = ""
+
+    @functools.cached_property
+    def _callback_stream(self) -> CallbackStream:
+        return CallbackStream()
+
+    @property
+    def _place(self) -> RankInfo:
+        return detect_rank(one_of(True, False, None).check("distributed", self.distributed))
+
+    @property
+    def run_id(self) -> str:
+        """Name of the training run, which checkpoints keep: a new one for each ``learn`` that starts counting at 0."""
+        if not self._run_id:
+            self._run_id = secrets.token_hex(8)
+        return self._run_id
+
+    @property
+    def remaining_timesteps(self) -> int:
+        """Environment steps from here to the horizon of the last call of ``learn``."""
+        return max(self._total_timesteps - self.num_timesteps, 0)
+
+    @classmethod
+    def algorithm(cls) -> str:
+        """
+        Return the name of the algorithm: that of the class in this package that a user's own derives from.
+
+        :return: the name
+        """
+        return next(base.__name__ for base in cls.__mro__ if base.__module__.partition(".")[0] == "sb3_trpo")
+
+    # ---- files
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save the model, and the statistics of its ``VecNormalize``, in SB3's format.
+
+        An older file of that name is there until the new one is complete, and stays if anything goes wrong.
+
+        :param path: file, to which ``.zip`` is added if it has no ending, or file object
+        :param exclude: further attributes to leave out
+        :param include: attributes to save although they usually are not
+        :raises PicklingError: an attribute cannot be saved; names it
+        :raises OSError: the file cannot be written
+        """
+        checkpoint.save_model(self, super().save, path, exclude, include)
+
+    def save_checkpoint(self, path: str | pathlib.Path) -> None:
+        """
+        Save all that :meth:`resume` needs to continue as if there had been no interruption. :meth:`load` reads it as well.
+
+        Call it between two updates, as ``CheckpointCallback`` does.
+
+        :param path: file, to which ``.zip`` is added if it has no ending
+        :raises PicklingError: an attribute cannot be saved; names it
+        :raises OSError: the file cannot be written
+        """
+        checkpoint.save_checkpoint(self, super().save, path)
+
+    @classmethod
+    def load(
+        cls: type[SelfResumable],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | str | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        *,
+        trust: bool = False,
+        allow_non_finite: bool = False,
+        **kwargs: Any,
+    ) -> SelfResumable:
+        """
+        Load a model that this class, or sb3-contrib's TRPO, has saved. The global random generators stay as they are.
+
+        Nothing in the file is run: an entry that asks for more than SB3's own classes and plain data is refused. A model of
+        sb3-contrib keeps its parameters and optimizer state. Its ``target_kl`` and ``cg_damping`` refer to a KL averaged over
+        action dimensions; they are multiplied by the number of dimensions, with a warning that says so.
+
+        :param path: file, with or without ``.zip``, or file object
+        :param env: environment to go on with, or its registered name; None if predictions are all that is needed
+        :param device: device of the networks
+        :param custom_objects: attribute name ↦ object to use instead of the saved one
+        :param print_system_info: print the versions that saved the file, and the present ones
+        :param force_reset: reset the environment before training goes on
+        :param trust: read a file with entries of any class, which may run code of the file's author, and use its
+            ``tensorboard_log``
+        :param allow_non_finite: load parameters that hold a NaN or an infinity
+        :param kwargs: attributes to change, by name
+        :return: the model
+        :raises UntrustedFileError: reading an entry may run code; names the entry, and what it asks for
+        :raises CorruptCheckpointError: the file is damaged; names the damaged member
+        :raises NonFiniteError: a parameter is not finite
+        :raises TypeError: there is no attribute of a name in ``kwargs``
+        :raises MismatchError: the environment has other spaces than the model
+        :raises ValueError: the file holds a model of another algorithm
+        """
+        return loading.load_model(
+            cls,
+            path,
+            env,
+            device,
+            dict(custom_objects or {}),
+            kwargs,
+            print_system_info=print_system_info,
+            force_reset=force_reset,
+            trust=trust,
+            allow_non_finite=allow_non_finite,
+        )
+
+    def _loaded(self, names: set[str], keep: set[str]) -> None:
+        """
+        Change what has to be changed in a model that was just loaded.
+
+        :param names: names of the attributes in the file
+        :param keep: names of those that the user has given
+        """
+
+    @classmethod
+    def resume(
+        cls: type[SelfResumable],
+        path: str | pathlib.Path,
+        env: GymEnv | str,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        *,
+        trust: bool = False,
+    ) -> SelfResumable:
+        """
+        Continue from a checkpoint as if there had been no interruption.
+
+        This restores the parameters, the optimizer, schedules and their horizon, counters, episode statistics, pending log
+        values, wrappers such as ``VecNormalize``, all random generators, and the environments' inner state. Continue with
+        ``model.learn(model.remaining_timesteps, reset_num_timesteps=False)``.
+
+        :param path: file of :meth:`save_checkpoint`
+        :param env: environment made as the first one was, or its registered name
+        :param device: device of the networks
+        :param custom_objects: attribute name ↦ object to use instead of the saved one, for schedules that are functions
+        :param trust: read a file with entries of any class, which may run code of the file's author
+        :return: the model
+        :raises CorruptCheckpointError: the file is damaged; names the damaged member
+        :raises UsageError: the file is a model, and no checkpoint
+        :raises UntrustedFileError: reading an entry may run code
+        :raises MismatchError: the environment differs from the one of the checkpoint
+        """
+        return checkpoint.resume_model(cls, path, env, device, custom_objects, trust)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """
+        Return what :meth:`resume` restores in addition to a saved model; for subclasses to extend.
+
+        :return: plain data and NumPy arrays, by name
+        """
+        return checkpoint.capture_state(self)
+
+    def set_extra_state(self, state: dict[str, Any], trust: bool) -> None:
+        """
+        Restore what :meth:`get_extra_state` returned; for subclasses to extend.
+
+        :param state: the state
+        :param trust: as for :meth:`resume`
+        :raises MismatchError: the environment differs from the one of the checkpoint
+        """
+        checkpoint.restore_state(self, state, trust)
+
+    def _excluded_save_params(self) -> list[str]:
+        own = ("_resumed", "_pending_log", "_iteration", "_run_id", "_callback_stream", "_ranks", "rollout_was_broken_off")
+        return [*super()._excluded_save_params(), *own]
+
+    # ---- training
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed all generators, differently in each process.
+
+        :param seed: the seed; process number r takes ``seed + 10_000 r``. None for none
+        """
+        rank = self._place.rank
+        if seed is None and rank > 0:
+            th.seed()  # torch begins with the same seed in every process
+        super().set_random_seed(None if seed is None else seed + SEED_STRIDE * rank)
+
+    def learn(
+        self: SelfResumable,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "OnPolicyAlgorithm",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfResumable:
+        """See :meth:`OnPolicyAlgorithm.learn`; signal handlers and torch's number of threads are restored at its end."""
+        try:
+            with training_threads(self.policy) as threads:
+                if self.verbose >= 1:
+                    print(threads)
+                return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        finally:
+            release_signals()
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        self._ranks = join(self._place, self.n_envs, self.device, self.rank_timeout)
+        if self._ranks.size > 1:
+            synchronization.check_agreement(self, total_timesteps)
+            synchronization.take_from_first(self)
+        if self._ranks.rank > 0:
+            callback, progress_bar = synchronization.kept_callbacks(callback), False
+            self.set_logger(Logger(folder=None, output_formats=[]))
+        with merged(synchronization.running_moments_of(self.env), self._ranks), kept_statistics(self.env):
+            result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+            if self.env is not None:
+                EnvOutputCheck(self.env, self.num_timesteps, self.check_observations).check_start(self._last_obs)
+        self._start_counting(reset_num_timesteps)
+        return result
+
+    def _start_counting(self, reset_num_timesteps: bool) -> None:
+        """Count rollouts from 0, as each call of SB3's ``learn`` does, except for the first one after a resume."""
+        if reset_num_timesteps or not self._resumed:
+            self._iteration = 0
+        elif self._pending_log is not None:
+            for values, restored in zip(checkpoint.logger_state(self), self._pending_log, strict=True):
+                values.update(restored)
+        if reset_num_timesteps:
+            self._run_id = ""
+        self._resumed, self._pending_log = False, None
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        if not self._resumed:
+            self._callback_stream.reset()
+        with self._callback_stream.active(everything=True):
+            initialized = super()._init_callback(callback, progress_bar)
+        return isolated(initialized, self._callback_stream)
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """
+        Write the log.
+
+        :param iteration: number of the rollout since ``learn`` was called; 0 to leave it out
+        """
+        super().dump_logs(self._iteration if iteration > 0 else 0)
+
+    def sync_signal(self, number: int | None) -> int | None:
+        """
+        Return a signal to stop, if any process has received one.
+
+        :param number: the signal that this process has received, if any
+        :return: one of those received
+        """
+        return int(self._ranks.max(th.tensor(number or 0))) or None

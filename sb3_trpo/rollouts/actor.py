@@ -1,0 +1,195 @@
+"""Acting for the policy during one rollout, and evaluating each step by the policy that took it.
+
+Values and log-probabilities can wait for the end of the rollout, where they cost least, as long as the policy stays what it
+is. If it is changed on the way, the steps so far are evaluated by the policy that took them, and the policy is asked for
+everything at every step from there on, as in SB3's loop.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_trpo.optim.batch import RolloutBatch
+from sb3_trpo.rollouts.collect import Truncation, bootstrap, write_decisions
+from sb3_trpo.rollouts.fast_step import Observations
+from sb3_trpo.rollouts.policy_state import PolicyState
+from sb3_trpo.rollouts.samplers import ActionSampler
+
+
+class PolicyCalls(Protocol):
+    """What the actor asks of an algorithm: how its family of policies is called."""
+
+    policy: Any
+    rollout_buffer: Any
+
+    @property
+    def _chunk_size(self) -> int | None: ...
+
+    @property
+    def _value_scale(self) -> float: ...
+
+    def _read_rollout(self) -> RolloutBatch: ...
+
+    def _evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]: ...
+
+    def _forward(self, env: VecEnv, observations: Observations, step: int) -> tuple[np.ndarray, dict[str, Any]]: ...
+
+    def _more_variables(self, step: int) -> dict[str, Any]: ...
+
+    def _last_values(self, observations: Observations, dones: np.ndarray) -> th.Tensor: ...
+
+    def _truncated_values(self, truncations: list[Truncation]) -> list[float]: ...
+
+
+class RolloutActor:
+    """
+    Acts, and fills the buffer's values and log-probabilities.
+
+    :param algorithm: calls the policy
+    :param env: the training environment
+    :param sampler: samples actions without evaluating them; None to call the policy's ``forward`` at every step
+    :param is_watched: whether the policy may change during the rollout
+    """
+
+    def __init__(self, algorithm: PolicyCalls, env: VecEnv, sampler: ActionSampler | None, is_watched: bool) -> None:
+        self._algorithm = algorithm
+        self._env = env
+        self._buffer: RolloutBuffer = algorithm.rollout_buffer
+        self._policy: BasePolicy = algorithm.policy
+        self._sampler = sampler
+        self._state = PolicyState(self._policy) if is_watched and sampler is not None else None
+        self._n_evaluated = 0
+        self._step = -1
+        self._observations: Observations = np.empty(0)
+        self._actions = np.empty(0)
+        self._variables: dict[str, Any] | None = None
+        self._pending: list[Truncation] = []
+        self._bootstraps: list[tuple[Truncation, float]] = []
+
+    @property
+    def act(self) -> ActionSampler:
+        """Observations and the number of a step ↦ actions; the sampler itself if nothing more is to be done at a step."""
+        return self._act if self._sampler is None or self._state is not None else self._sampler
+
+    def _act(self, observations: Observations, step: int) -> np.ndarray:
+        self._follow_policy(step)
+        self._step, self._observations, self._variables = step, observations, None
+        if self._sampler is not None:
+            self._actions = self._sampler(observations, step)
+        else:
+            self._actions, self._variables = self._algorithm._forward(self._env, observations, step)
+            self._buffer.values[step] = self._variables["values"].flatten().cpu().numpy()
+            self._buffer.log_probs[step] = self._variables["log_probs"].cpu().numpy()
+            self._n_evaluated = step + 1
+        return self._actions
+
+    def variables(self) -> dict[str, Any]:
+        """
+        Return SB3's local variables of the latest step that come from the policy.
+
+        Those are ``obs_tensor``, ``values``, ``log_probs``, and what the algorithm adds to them.
+        """
+        if self._variables is None:
+            write_decisions(self._buffer, self._step, self._observations, self._actions)
+            with th.no_grad(), self._acting_policy():
+                values, log_probs = self._algorithm._evaluate(self._rows(self._step, self._step + 1))
+            values = self._algorithm._value_scale * values.reshape(-1, 1)
+            self._variables = {**self._unevaluated(), "values": values, "log_probs": log_probs}
+        return self._variables
+
+    def add_truncations(self, truncations: list[Truncation]) -> None:
+        """
+        Bootstrap the latest step of episodes that a time limit cut off, now or later.
+
+        :param truncations: the episodes
+        """
+        self._follow_policy(self._step + 1)
+        if self._sampler is not None:
+            self._pending += truncations
+            return
+        for truncation in truncations:  # one by one, as SB3, for networks that change with every call
+            self._bootstrap([truncation])
+
+    def finish(self, last_observations: Observations, last_dones: np.ndarray) -> None:
+        """
+        Fill in what the steps have left out: values, log-probabilities, bootstrapped rewards, advantages and returns.
+
+        :param last_observations: observations after the last step
+        :param last_dones: whether the last step ended an episode
+        """
+        n_steps = self._buffer.pos
+        if self._has_changed():
+            self._evaluate_by_old_policy(n_steps)
+        with th.no_grad():
+            self._evaluate_steps(n_steps)
+            self._bootstrap(self._pending)
+            last_values = self._algorithm._last_values(last_observations, last_dones)
+        bootstrap(self._buffer, self._bootstraps, last_values, last_dones)
+        if self._variables is None and self._step >= 0:
+            log_probs = th.as_tensor(self._buffer.log_probs[self._step], device=self._policy.device)
+            self._variables = {**self._unevaluated(), "log_probs": log_probs}
+        self._variables = {**(self._variables or {}), "values": last_values}
+        self._state = None
+
+    def _follow_policy(self, n_steps: int) -> None:
+        """If the policy has changed since it acted, evaluate its steps, and act by SB3's loop from here on."""
+        if self._has_changed():
+            self._evaluate_by_old_policy(n_steps)
+            self._sampler = self._state = None
+            self._bootstrap(self._pending)
+            self._pending = []
+
+    def _has_changed(self) -> bool:
+        return self._state is not None and self._state.has_changed()
+
+    @contextmanager
+    def _acting_policy(self) -> Iterator[None]:
+        """The policy as it acted, if a callback has changed it since."""
+        if self._state is None or not self._state.has_changed():
+            yield
+        else:
+            with self._state.restored():
+                yield
+
+    @th.no_grad()
+    def _evaluate_by_old_policy(self, n_steps: int) -> None:
+        """Evaluate all steps; an episode that ended in the last of them is bootstrapped by the new policy, as in SB3."""
+        assert self._state is not None
+        with self._state.restored():
+            self._evaluate_steps(n_steps)
+            ready = [truncation for truncation in self._pending if truncation.step < n_steps - 1]
+            self._bootstrap(ready)
+            self._pending = self._pending[len(ready) :]
+
+    def _evaluate_steps(self, n_steps: int) -> None:
+        first, n_envs = self._n_evaluated, self._buffer.n_envs
+        if first == n_steps:
+            return
+        evaluated = [
+            self._algorithm._evaluate(chunk) for chunk in self._rows(first, n_steps).chunks(self._algorithm._chunk_size)
+        ]
+        values = self._algorithm._value_scale * th.cat([values.flatten() for values, _ in evaluated])
+        self._buffer.values[first:n_steps] = values.cpu().numpy().reshape(-1, n_envs)
+        self._buffer.log_probs[first:n_steps] = th.cat([each for _, each in evaluated]).cpu().numpy().reshape(-1, n_envs)
+        self._n_evaluated = n_steps
+
+    @th.no_grad()
+    def _bootstrap(self, truncations: list[Truncation]) -> None:
+        if truncations:
+            self._bootstraps += zip(truncations, self._algorithm._truncated_values(truncations), strict=True)
+
+    def _rows(self, first: int, stop: int) -> RolloutBatch:
+        n_envs, rollout = self._buffer.n_envs, self._algorithm._read_rollout()
+        is_whole = first == 0 and stop == self._buffer.buffer_size
+        return rollout if is_whole else rollout.select(slice(first * n_envs, stop * n_envs))
+
+    def _unevaluated(self) -> dict[str, Any]:
+        obs_tensor = obs_as_tensor(self._observations, self._policy.device)
+        return {"obs_tensor": obs_tensor, **self._algorithm._more_variables(self._step)}

@@ -1,0 +1,116 @@
+"""A connection to a worker process whose reads and writes end when the worker does, or its time is up."""
+
+import os
+import pickle
+import selectors
+import socket
+import struct
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+#: Largest length that fits the short header of a message of :mod:`multiprocessing`.
+SHORT = 0x7FFFFFFF
+#: Whether single reads and writes can be told not to wait; elsewhere (Windows) a message is waited for as a whole.
+CAN_POLL = hasattr(socket, "MSG_DONTWAIT")
+
+SecondsLeft = Callable[[], float | None]
+
+
+class NoAnswerError(Exception):
+    """The time for an answer is up."""
+
+
+class Channel:
+    """
+    Send and receive messages of :mod:`multiprocessing`, in parts, so that a worker may stop or die in the middle of one.
+
+    ``Connection.recv`` waits for the rest of a message for ever: of a stopped worker there is none, and of a killed one no end
+    of file, since with the start method "fork" other workers have inherited its side of the connection.
+
+    :param connection: the connection, a socket as ``Pipe()`` makes it
+    :param sentinel: the worker's ``Process.sentinel``
+    """
+
+    def __init__(self, connection: Connection, sentinel: int) -> None:
+        self._connection, self._sentinel = connection, sentinel
+        self._socket = socket.socket(fileno=os.dup(connection.fileno())) if CAN_POLL else None
+        if self._socket is not None:
+            self._socket.setblocking(True)  # whatever socket.setdefaulttimeout says
+
+    def send(self, message: Any, seconds_left: SecondsLeft) -> None:
+        """
+        Send a message.
+
+        :param message: any object that can be pickled
+        :param seconds_left: time until the worker must have taken it; None for no limit
+        :raises NoAnswerError: the time is up
+        :raises EOFError: the worker has ended
+        :raises ConnectionError: the worker has closed the connection
+        """
+        if self._socket is None:
+            self._connection.send(message)
+            return
+        body = bytes(ForkingPickler.dumps(message))
+        header = struct.pack("!i", len(body)) if len(body) <= SHORT else struct.pack("!iQ", -1, len(body))
+        left = memoryview(header + body)
+        while left:
+            try:
+                left = left[self._socket.send(left, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                self._wait_to_write(seconds_left)
+
+    def recv(self, seconds_left: SecondsLeft) -> Any:
+        """
+        Receive a message.
+
+        :param seconds_left: time until all of it must be there; None for no limit
+        :return: the object that was sent
+        :raises NoAnswerError: the time is up
+        :raises EOFError: the worker has ended
+        :raises ConnectionError: the worker has closed the connection
+        """
+        if self._socket is None:
+            self._wait_to_read(seconds_left)
+            return self._connection.recv()
+        (size,) = struct.unpack("!i", self._read(self._socket, 4, seconds_left))
+        if size == -1:
+            (size,) = struct.unpack("!Q", self._read(self._socket, 8, seconds_left))
+        return pickle.loads(self._read(self._socket, size, seconds_left))
+
+    def _read(self, connection: socket.socket, size: int, seconds_left: SecondsLeft) -> bytearray:
+        contents = bytearray(size)
+        left = memoryview(contents)
+        while left:
+            try:
+                received = connection.recv_into(left, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._wait_to_read(seconds_left)
+                continue
+            if received == 0:
+                raise EOFError("the worker has closed the connection")
+            left = left[received:]
+        return contents
+
+    def _wait_to_read(self, seconds_left: SecondsLeft) -> None:
+        ready = wait([self._connection, self._sentinel], seconds_left())
+        if not ready:
+            raise NoAnswerError
+        if self._connection not in ready and not self._connection.poll():
+            raise EOFError("the worker has ended")
+
+    def _wait_to_write(self, seconds_left: SecondsLeft) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._connection, selectors.EVENT_WRITE)
+            selector.register(self._sentinel, selectors.EVENT_READ)
+            ready = [key.fileobj for key, _ in selector.select(seconds_left())]
+        if not ready:
+            raise NoAnswerError
+        if self._connection not in ready:
+            raise EOFError("the worker has ended")
+
+    def close(self) -> None:
+        """Close this side of the connection, of which ``Connection.close`` closes the other handle."""
+        if self._socket is not None:
+            self._socket.close()

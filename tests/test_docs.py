@@ -1,0 +1,91 @@
+"""
+Run every Python block of README and docs, as it stands on the page.
+
+``<!-- continues -->`` before a block runs it after the block above, with its variables; ``<!-- needs package ... -->`` skips a
+block where a package is not installed.
+"""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MARK = re.compile(r"<!-- (continues|needs) ?([\w ]*)-->\s*\Z")
+
+
+class Block(NamedTuple):
+    """
+    A block of code.
+
+    :param path: its page
+    :param line: line of its first statement
+    :param code: the code
+    :param needs: packages that must be installed
+    """
+
+    path: Path
+    line: int
+    code: str
+    needs: list[str]
+
+
+def read_examples(path: Path) -> list[list[Block]]:
+    """Return the examples of a page: lists of blocks, each of which continues the one before."""
+    text = path.read_text(encoding="utf-8")
+    examples: list[list[Block]] = []
+    for fence in FENCE.finditer(text):
+        mark = MARK.search(text, 0, fence.start())
+        line = text.count("\n", 0, fence.start(1)) + 1
+        block = Block(path, line, fence[1], mark[2].split() if mark and mark[1] == "needs" else [])
+        if mark and mark[1] == "continues":
+            examples[-1].append(block)
+        else:
+            examples.append([block])
+    return examples
+
+
+EXAMPLES = {
+    f"{path.relative_to(ROOT)}:{'+'.join(str(block.line) for block in blocks)}": blocks
+    for path in PAGES
+    if "_build" not in path.parts
+    for blocks in read_examples(path)
+}
+
+
+@pytest.mark.parametrize("blocks", EXAMPLES.values(), ids=EXAMPLES.keys())
+def test_docs_example_runs(blocks: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in blocks[0].needs:
+        if find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for block in blocks:
+        # Line numbers of a traceback are those of the page.
+        exec(compile("\n" * (block.line - 1) + block.code, str(block.path), "exec"), names)
+
+
+def test_docs_have_no_unknown_marks() -> None:
+    for path in PAGES:
+        for comment in re.findall(r"<!--.*?-->", path.read_text(encoding="utf-8")):
+            assert MARK.fullmatch(comment), f"{path}: {comment}"
+
+
+def test_docs_name_no_index_that_has_no_release() -> None:
+    for path in PAGES:
+        assert not re.search(r"pip install '?sb3[_-]trpo", path.read_text(encoding="utf-8")), path
+
+
+def test_readme_links_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
