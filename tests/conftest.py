@@ -1,6 +1,6 @@
 """Tiny SB3 policies with random rollouts in float64, over every kind of action space, for exact comparisons."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,6 +239,14 @@ def make_case() -> Callable[..., Case]:
         return Case(policy, actor, RolloutBatch(inputs, actions, advantages, returns, weights))
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def keep_validation() -> Iterator[None]:
+    """Restore torch's default, which torch.compile changes for good."""
+    before = th.distributions.Distribution._validate_args
+    yield
+    th.distributions.Distribution.set_default_validate_args(before)
 
 
 @pytest.fixture(params=CASES)

@@ -112,15 +112,11 @@ class PolicyActionSampler:
         return actions.reshape(-1, *shape).cpu().numpy()
 
 
-def _relu(x: np.ndarray) -> np.ndarray:
-    return np.maximum(x, 0.0, out=x)
+def _relu(x: np.ndarray, out: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0.0, out=out)
 
 
-def _tanh(x: np.ndarray) -> np.ndarray:
-    return np.tanh(x, out=x)
-
-
-ACTIVATIONS = {nn.Tanh: _tanh, nn.ReLU: _relu}
+ACTIVATIONS: dict[type[nn.Module], Callable[..., np.ndarray]] = {nn.Tanh: np.tanh, nn.ReLU: _relu}
 #: Whatever torch's default type and device are.
 FLOAT32: dict[str, Any] = {"dtype": th.float32, "device": "cpu"}
 
@@ -141,20 +137,23 @@ class NumpyActionSampler:
 
     def __init__(self, policy: BasePolicy, mlp: MLP, n_steps: int, n_envs: int) -> None:
         # Views of the parameters, not copies.
-        self._weights = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in mlp.layers]
-        self._activations = [ACTIVATIONS[type(activation)] for activation in mlp.activations]
-        self._space = policy.action_space
+        *weights, self._last_layer = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in mlp.layers]
+        activations = [ACTIVATIONS[type(activation)] for activation in mlp.activations]
+        self._hidden_layers = [(*pair, activation) for pair, activation in zip(weights, activations, strict=True)]
+        space = policy.action_space
+        self._is_box, self._is_discrete = isinstance(space, spaces.Box), isinstance(space, spaces.Discrete)
+        self._shape: tuple[int, ...] = space.shape  # type: ignore[assignment]
         shape = (n_steps, n_envs, mlp.layers[-1].out_features)
         distribution: Any = policy.action_dist
         #: Number of choices in each part of the action; None where it is not a choice.
         self._choices: list[int] | None = None
-        if isinstance(self._space, spaces.Box):
+        if self._is_box:
             noise = th.randn(shape, **FLOAT32) * policy.log_std.detach().exp()  # type: ignore[operator]
         elif isinstance(distribution, BernoulliDistribution):
             noise = th.rand(shape, **FLOAT32).logit(eps=1e-7)
         else:
             noise = -th.empty(shape, **FLOAT32).exponential_().log()
-            self._choices = [shape[-1]] if isinstance(self._space, spaces.Discrete) else list(distribution.action_dims)
+            self._choices = [shape[-1]] if self._is_discrete else list(distribution.action_dims)
         self._noise = noise.numpy()
 
     def __call__(self, observations: Observations, step: int, action_masks: np.ndarray | None = None) -> np.ndarray:
@@ -166,19 +165,23 @@ class NumpyActionSampler:
         :param action_masks: which choices are allowed, shape ``(n_envs, n_choices)``; None for all
         :return: actions, shape ``(n_envs, *action_shape)``
         """
-        assert isinstance(observations, np.ndarray)
-        hidden = observations.reshape(len(observations), -1).astype(np.float32, copy=False)
-        for (weight, bias), activation in zip(self._weights, self._activations, strict=False):
-            hidden = activation(hidden @ weight + bias)
-        weight, bias = self._weights[-1]
-        noisy = hidden @ weight + bias + self._noise[step]
-        if isinstance(self._space, spaces.Box):
-            return noisy.reshape(len(noisy), *self._space.shape)
+        hidden: np.ndarray = observations  # type: ignore[assignment]
+        hidden = hidden.reshape(len(hidden), -1).astype(np.float32, copy=False)
+        for weight, bias, activation in self._hidden_layers:
+            hidden = hidden @ weight
+            hidden += bias
+            activation(hidden, out=hidden)
+        weight, bias = self._last_layer
+        noisy = hidden @ weight
+        noisy += bias
+        noisy += self._noise[step]
+        if self._is_box:
+            return noisy.reshape(len(noisy), *self._shape)
         if self._choices is None:
             return (noisy > 0).astype(np.float32)
         if action_masks is not None:
             noisy = np.where(action_masks, noisy, -np.inf)
-        if isinstance(self._space, spaces.Discrete):
+        if self._is_discrete:
             return noisy.argmax(axis=1)
         splits = np.split(noisy, np.cumsum(self._choices)[:-1], axis=1)
         return np.stack([split.argmax(axis=1) for split in splits], axis=1)
