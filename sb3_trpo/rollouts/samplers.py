@@ -112,7 +112,7 @@ class PolicyActionSampler:
         return actions.reshape(-1, *shape).cpu().numpy()
 
 
-def _relu(x: np.ndarray, out: np.ndarray) -> np.ndarray:
+def _relu(x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     return np.maximum(x, 0.0, out=out)
 
 
