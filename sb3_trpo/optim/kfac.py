@@ -65,8 +65,8 @@ def _has_kronecker_form(layer: nn.Module) -> bool:
 
 def _parameters(layer: nn.Module) -> list[nn.Parameter]:
     """Weight and bias, in this order, whatever order they were registered in."""
-    parameters = dict(layer.named_parameters(recurse=False))
-    return [parameters[name] for name in ("weight", "bias") if name in parameters]
+    weight, bias = layer.weight, layer.bias
+    return [weight] if bias is None else [weight, bias]  # type: ignore[list-item]
 
 
 def _rows(call: LayerCall) -> th.Tensor:

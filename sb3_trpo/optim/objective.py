@@ -1,6 +1,7 @@
 """Forward passes over a rollout, and the two functions of TRPO's problem: surrogate objective and KL."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -92,7 +93,8 @@ class RolloutObjective:
         :param layers: layers whose calls to record
         :return: the model on the states
         """
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+        # The fused kernels of attention have no second derivative; an MLP has no attention.
+        with nullcontext() if self.model.mlp else sdpa_kernel(SDPBackend.MATH):
             return self.model.forward(chunk, layers)
 
     @property
