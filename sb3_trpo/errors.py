@@ -124,6 +124,27 @@ class RankError(RuntimeError):
         super().__init__(reason)
 
 
+class _ArgumentTypeError(ValueError, TypeError):
+    """An argument is not allowed; SB3 raises a TypeError."""
+
+
+class _ArgumentAssertionError(ValueError, AssertionError):
+    """An argument is not allowed; SB3 raises an AssertionError."""
+
+
+def argument_error(message: str, error: Exception) -> ValueError:
+    """
+    Make a ValueError that is also of the type that SB3 raises for the argument, which its users may catch.
+
+    :param message: the argument, its value and what is allowed
+    :param error: SB3's error
+    :return: the error to raise
+    """
+    if isinstance(error, TypeError):
+        return _ArgumentTypeError(message)
+    return _ArgumentAssertionError(message) if isinstance(error, AssertionError) else ValueError(message)
+
+
 class UsageError(ValueError):
     """An option of the command line or an entry of a file is not allowed; the message says what is."""
 

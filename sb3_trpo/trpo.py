@@ -52,7 +52,7 @@ from sb3_trpo.base import ResumableAlgorithm
 from sb3_trpo.constructors import checked, rules_of
 from sb3_trpo.distributed.process_group import local_device
 from sb3_trpo.distributed.synchronization import synchronized
-from sb3_trpo.errors import did_you_mean, warn_user
+from sb3_trpo.errors import argument_error, did_you_mean, warn_user
 from sb3_trpo.optim.batch import Inputs, RolloutBatch, normalize_advantages
 from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.critic import CriticFit, fit_gauss_newton, fit_minibatches
@@ -361,9 +361,10 @@ class TRPO(ResumableAlgorithm):
             words = " and ".join(f"{name}={shown(value)}" for name, value in given.items() if value)
             if not words:
                 raise
-            raise ValueError(
+            raise argument_error(
                 f"{words} is not allowed: it must suit {self.policy_class.__name__} and the rollout buffer, "
-                f"which raised {error!r}"
+                f"which raised {error!r}",
+                error,
             ) from error
 
     def _setup_networks(self) -> None:

@@ -514,3 +514,10 @@ def test_file_with_attributes_of_earlier_versions_loads(tmp_path: Path) -> None:
             file.writestr(name, json.dumps(json.loads(contents) | old) if name == "data" else contents)
     model = TRPO.load(tmp_path / "old", env=IdentityEnv(2), device="cpu").learn(8)
     assert not {*old, "_direction"} & set(vars(model))
+
+
+def test_wrong_keyword_arguments_raise_what_sb3_raises_too() -> None:
+    with pytest.raises(TypeError, match="rollout_buffer_kwargs"):
+        TRPO("MlpPolicy", IdentityEnv(2), rollout_buffer_kwargs={"no_such_option": 1}, device="cpu")
+    with pytest.raises(AssertionError, match="policy_kwargs"):
+        TRPO("CnnPolicy", IdentityEnv(2), policy_kwargs={"features_extractor_kwargs": {"features_dim": 8}}, device="cpu")
