@@ -24,7 +24,7 @@ from sb3_trpo.actions import BoundedActionPolicy, TanhGaussianDistribution
 from sb3_trpo.adapters.plain import are_original, has_patched_methods, is_plain
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.critic import value_output
-from sb3_trpo.optim.distributions import Components, joint_kl
+from sb3_trpo.optim.distributions import Components, detach, has_closed_form, joint_kl
 from sb3_trpo.optim.kfac import kfac_layers
 from sb3_trpo.optim.mlp import MLP, as_mlp, recorded_calls
 from sb3_trpo.optim.objective import Model, ModelOutput
@@ -177,9 +177,13 @@ def actor_parameters(policy: nn.Module, distribution: PolicyFunction, inputs: In
     :return: the trainable parameters that π depends on, in the policy's order
     :raises ValueError: the distribution depends on no trainable parameter
     """
-    with th.no_grad():
-        old = components(distribution(inputs))
-    actor = _reached(policy, joint_kl(old, components(distribution(inputs))))
+    new = components(distribution(inputs))
+    if has_closed_form(new):
+        old = detach(new)
+    else:
+        with th.no_grad():
+            old = components(distribution(inputs))
+    actor = _reached(policy, joint_kl(old, new))
     if not actor:
         raise ValueError(f"the action distribution of {type(policy).__name__} depends on none of its trainable parameters")
     return actor

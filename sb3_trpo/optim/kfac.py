@@ -58,7 +58,8 @@ def _has_kronecker_form(layer: nn.Module) -> bool:
     is_convolution = type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
     return (
         (type(layer) is nn.Linear or is_convolution)
-        and {name for name, _ in layer.named_parameters(recurse=False)} in ({"weight"}, {"weight", "bias"})
+        and {name for name, parameter in layer._parameters.items() if parameter is not None} <= {"weight", "bias"}
+        and "weight" in layer._parameters
         and "forward" not in vars(layer)
     )
 
