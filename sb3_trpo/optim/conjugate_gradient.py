@@ -52,11 +52,12 @@ def conjugate_gradient(
     Solve A x = b by (preconditioned) conjugate gradients, from x = 0.
 
     Stops as soon as ‖r‖_M ≤ rtol·‖b‖_M, where r = b − A x and ‖r‖_M = √(rᵀ M r). The iterates grow the quadratic gain
-    bᵀx − ½xᵀAx monotonically from 0, so that every one of them is an ascent
-    direction of bᵀx. Source: Nocedal & Wright, Numerical Optimization, algorithm 5.3.
+    bᵀx − ½xᵀAx monotonically from 0, so every one of them is an ascent direction of bᵀx. Source: Nocedal & Wright,
+    Numerical Optimization, algorithm 5.3.
 
-    Stops as well where rounding allows no more: at a residual below the machine epsilon ε, or 1/√ε times above the least
-    one, to whose iterate it returns then. An ``M`` that is not positive or not finite at b gives way to the identity.
+    Also stops where rounding allows no more: at a residual below the machine epsilon ε, or at one 1/√ε times above the
+    least, and then returns to the iterate of the least. An ``M`` that is not positive and finite at b is replaced by the
+    identity.
 
     :param A: v ↦ A v, symmetric positive definite
     :param b: right-hand side, shape ``(n,)``
@@ -65,54 +66,49 @@ def conjugate_gradient(
     :param M: v ↦ M v with M ≈ A⁻¹, symmetric positive definite; None for the identity
     :return: the solution, with the reason for stopping
     """
-    M = M or _identity
+    start = _Iterate(th.zeros_like(b), b.clone(), 0, 1.0)
     if not bool(b.any()):
-        return CGResult(th.zeros_like(b), CGStatus.CONVERGED, 0, 0.0, 0.0)
-    z = M(b)
-    rz_start = float(b.dot(z))
-    if M is not _identity and not 0.0 < rz_start < math.inf:
-        return conjugate_gradient(A, b, max_iter=max_iter, rtol=rtol)
-    if not rz_start < math.inf:
-        return CGResult(th.zeros_like(b), CGStatus.NOT_FINITE, 0, 1.0, 0.0)
-    status, end = _iterate(A, M, b, z, max_iter, rtol)
+        return CGResult(start.x, CGStatus.CONVERGED, 0, 0.0, 0.0)
+    z = b if M is None else M(b)
+    rz = float(b.dot(z))
+    if M is not None and not 0.0 < rz < math.inf:
+        M, z = None, b
+        rz = float(b.dot(z))
+    if not 0.0 < rz < math.inf:
+        status = CGStatus.NONPOSITIVE_CURVATURE if rz <= 0.0 else CGStatus.NOT_FINITE
+        return CGResult(start.x, status, 0, 1.0, 0.0)
+    status, end = _iterate(A, M, start, z, max_iter, rtol)
     return CGResult(end.x, status, end.iterations, end.residual, float(end.x.dot(b - end.r)))
 
 
-def _identity(v: th.Tensor) -> th.Tensor:
-    return v
-
-
-def _iterate(A: LinearMap, M: LinearMap, b: th.Tensor, z: th.Tensor, max_iter: int, rtol: float) -> tuple[CGStatus, _Iterate]:
-    """Run the iteration from x = 0, where z = M b."""
-    x, r, iterations, residual = now = _Iterate(th.zeros_like(b), b.clone(), 0, 1.0)
-    eps = th.finfo(r.dtype).eps
-    best = now._replace(residual=math.inf)
-    p, rz = z, r.dot(z)
+def _iterate(
+    A: LinearMap, M: LinearMap | None, start: _Iterate, z: th.Tensor, max_iter: int, rtol: float
+) -> tuple[CGStatus, _Iterate]:
+    now, best = start, start._replace(residual=math.inf)
+    eps = th.finfo(z.dtype).eps
+    p, rz = z, start.r.dot(z)
     rz_start = float(rz)
-    while residual > rtol:
-        if residual <= eps:
+    while now.residual > rtol:
+        if now.residual <= eps:
             return CGStatus.ROUNDING, now
-        if residual > best.residual / math.sqrt(eps):
+        if now.residual > best.residual / math.sqrt(eps):
             return CGStatus.ROUNDING, best
-        if iterations >= max_iter:
+        if now.iterations >= max_iter:
             return CGStatus.ITERATION_BOUND, now
         Ap = A(p)
         curvature = p.dot(Ap)
         length = rz / curvature
-        r_new = r - length * Ap
-        z = M(r_new)
-        rz_new = r_new.dot(z)
+        r = now.r - length * Ap
+        z = r if M is None else M(r)
+        rz_new = r.dot(z)
         # The stopping rule needs two numbers, read together: on a GPU this is the iteration's only wait for the device.
         curvature_read, rz_read = th.stack([curvature, rz_new]).tolist()
         if curvature_read <= 0.0 or rz_read < 0.0:
             return CGStatus.NONPOSITIVE_CURVATURE, now
         if not (math.isfinite(curvature_read) and math.isfinite(rz_read)):
             return CGStatus.NOT_FINITE, now
-        x, r = x + length * p, r_new
-        iterations += 1
-        residual = math.sqrt(rz_read / rz_start)
-        now = _Iterate(x, r, iterations, residual)
-        best = now if residual < best.residual else best
+        now = _Iterate(now.x + length * p, r, now.iterations + 1, math.sqrt(rz_read / rz_start))
+        best = now if now.residual < best.residual else best
         p = z + (rz_new / rz) * p
         rz = rz_new
     return CGStatus.CONVERGED, now

@@ -434,3 +434,11 @@ def test_usual_damping_is_left_alone():
     fisher = FisherOperator(surrogate(), 1e-4)
     fisher.keep_definite(th.ones_like(flatten(actor)))
     assert fisher.damping == 1e-4
+
+
+@pytest.mark.parametrize("extractor", [extractor for extractor in EXTRACTORS if extractor not in NOT_TWICE])
+def test_modules_with_second_derivatives_need_no_differences(extractor):
+    _, actor, surrogate = build(extractor)
+    objective = surrogate()
+    FisherOperator(objective, 0.0)(th.ones_like(flatten(actor)))
+    assert objective.is_twice_differentiable
