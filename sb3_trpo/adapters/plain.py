@@ -54,7 +54,7 @@ def are_original(*classes: type) -> bool:
     :param classes: any classes; bases that were not remembered are taken as they are
     """
     bases = {base for cls in classes for base in cls.__mro__ if base in _FUNCTIONS}
-    return all(vars(base).get(name) is function for base in bases for name, function in _FUNCTIONS[base].items())
+    return all(_FUNCTIONS[base].items() <= vars(base).items() for base in bases)
 
 
 @functools.cache

@@ -6,7 +6,6 @@ F ≈ A ⊗ G with A = E[ā āᵀ] and G = E[g gᵀ] (Martens & Grosse 2015). A 
 averaged over the positions (Grosse & Martens 2016). Parameters of other layers get the diagonal.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -106,12 +105,13 @@ def call_factors(call: LayerCall, gradient: th.Tensor, weights: th.Tensor) -> Fa
     a = _rows(call)
     g = gradient.to(a.dtype)
     g = g.flatten(start_dim=-2).transpose(-1, -2) if isinstance(call.layer, nn.Conv2d) else g
-    g = g.reshape(*a.shape[:2], -1)
-    share = (weights.view(-1, 1, 1) if len(a) == len(weights) else weights.mean()).to(a.dtype)
+    n_inputs, n_positions, _ = a.shape
+    n_states = weights.shape[0]
+    share = (weights.view(-1, 1, 1) if n_inputs == n_states else weights.mean()).to(a.dtype)
+    g = g.reshape(n_inputs, n_positions, -1)
     A = (a * share).flatten(end_dim=1).t() @ a.flatten(end_dim=1)
     G = (g * share).flatten(end_dim=1).t() @ g.flatten(end_dim=1)
-    n_positions = len(a) * a.shape[1] / len(weights)
-    return Factors(A, G / max(n_positions, 1.0 / len(weights)))
+    return Factors(A, G / (max(n_inputs * n_positions, 1) / n_states))
 
 
 def damped_inverses(factors: Factors, damping: float) -> Factors:
@@ -133,15 +133,15 @@ def damped_inverses(factors: Factors, damping: float) -> Factors:
 
 def _shifted_inverse(factor: th.Tensor, size: th.Tensor, shift: th.Tensor) -> th.Tensor:
     """(factor + shift I)⁻¹, with the smallest further shift that makes it positive definite in spite of rounding."""
-    eps = th.finfo(factor.dtype).eps
-    eye = th.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    for rounding in (100.0 * eps, 0.01, 1.0):
+    for rounding in (100.0 * th.finfo(factor.dtype).eps, 0.01, 1.0):
         total = shift + rounding * size
-        total = th.where(total == 0, th.ones_like(total), total)
-        root, info = th.linalg.cholesky_ex(factor + total * eye)
-        if info == 0:
+        total = th.where(total == 0, th.ones_like(total), total) + (total - total)  # not a number if infinite
+        damped = factor.clone()
+        damped.diagonal().add_(total)
+        root, info = th.linalg.cholesky_ex(damped)
+        if int(info) == 0:
             return th.cholesky_inverse(root)
-    return eye / (factor.diagonal() + total) if total.isfinite() else math.nan * eye
+    return th.diag(damped.diagonal().reciprocal())
 
 
 class KFACPreconditioner:
@@ -194,7 +194,7 @@ class KFACPreconditioner:
             parts[position] = parts[position] * scaled
         for layer, (A_inverse, G_inverse) in self._inverses:
             positions = self._positions[layer]
-            block = th.cat([parts[position].reshape(len(G_inverse), -1) for position in positions], dim=1).to(A_inverse)
+            block = th.cat([parts[position].reshape(len(G_inverse), -1) for position in positions], dim=1).to(A_inverse.dtype)
             product = G_inverse @ block @ A_inverse
             widths = [parts[position][0].numel() for position in positions]
             for position, columns in zip(positions, product.split(widths, dim=1), strict=True):
