@@ -45,7 +45,7 @@ def kfac_layers(module: nn.Module, actor: Sequence[nn.Parameter]) -> list[nn.Mod
     :return: the layers
     """
     theta = {id(parameter) for parameter in actor}
-    holders = Counter(id(parameter) for layer in module.modules() for parameter in layer.parameters(recurse=False))
+    holders = Counter(id(parameter) for layer in module.modules() for parameter in layer._parameters.values())
     return [
         layer
         for layer in module.modules()
