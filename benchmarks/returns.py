@@ -56,6 +56,7 @@ def ours(n_envs: int, n_steps: int, target_kl: float | str, log_std_init: float 
 
 #: Rollout shape, δ, first log-std; and one thing changed at a time.
 CELLS: dict[str, Cell] = {
+    "default": {"normalize": True},  # one environment
     "8x256_kl.03": ours(8, 256, 0.03),
     "8x256_kl.02": ours(8, 256, 0.02),
     "8x256_kl.05": ours(8, 256, 0.05),
@@ -72,7 +73,9 @@ CELLS: dict[str, Cell] = {
     "2x512_kl.02": ours(2, 512, 0.02),
     "1x1024_kl.02": ours(1, 1024, 0.02),
     "2x1024_kl.03": ours(2, 1024, 0.03),
-    "1x2048_kl.03": ours(1, 2048, 0.03),
+    "1x2048_kl.03_std-.5": ours(1, 2048, 0.03),
+    "1x2048_kl.03_std-1": ours(1, 2048, 0.03, log_std_init=-1.0),
+    "1x2048_kl.05_std0": ours(1, 2048, 0.05, log_std_init=0.0),
     "8x128_lin.04": ours(8, 128, "lin_0.04"),
     "8x2048_kl.03": ours(8, 2048, 0.03),
     "8x256_lin.06": ours(8, 256, "lin_0.06"),

@@ -175,7 +175,7 @@ class TRPO(ResumableAlgorithm):
         rollout_buffer_class: Annotated[type[RolloutBuffer] | None, BUFFER_CLASS] = None,
         rollout_buffer_kwargs: Annotated[dict[str, Any] | None, allowed.KEYWORD_ARGUMENTS_OR_NONE] = None,
         normalize_advantage: Annotated[bool, allowed.BOOLEAN] = True,
-        target_kl: Annotated[float | Schedule, allowed.POSITIVE_OR_SCHEDULE] = 0.05,
+        target_kl: Annotated[float | Schedule, allowed.POSITIVE_OR_SCHEDULE] = 0.03,
         sub_sampling_factor: Annotated[int, allowed.POSITIVE_INTEGER] = 1,
         stats_window_size: Annotated[int, allowed.POSITIVE_INTEGER] = 100,
         tensorboard_log: Annotated[str | None, allowed.PATH_OR_NONE] = None,

@@ -269,7 +269,7 @@ def test_the_environment_gets_scaled_actions_and_the_buffer_raw_ones(
     action_bound: str | None, activation_fn: type[nn.Module], shape: tuple[int, ...]
 ) -> None:
     space = spaces.Box(np.full(shape, -0.3, np.float32), np.full(shape, 5.7, np.float32))
-    model = make_model(space, action_bound=action_bound, policy_kwargs={"activation_fn": activation_fn})
+    model = make_model(space, action_bound=action_bound, policy_kwargs={"activation_fn": activation_fn, "log_std_init": 0.0})
     model.learn(32)
     raw = model.rollout_buffer.actions.reshape(32, *shape)
     bounded = {"tanh": np.tanh, "clip": partial(np.clip, a_min=-1.0, a_max=1.0)}

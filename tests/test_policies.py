@@ -8,7 +8,7 @@ from torch import nn
 
 from sb3_trpo.adapters.models import actor_parameters, critic_parameters, value_function
 from sb3_trpo.optim.parameters import flatten
-from sb3_trpo.policies import CnnPolicy, MultiInputPolicy
+from sb3_trpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 
 
 def actor_of(case):
@@ -166,3 +166,13 @@ def test_policies_with_extractors_to_learn_keep_actor_and_critic_apart_by_defaul
     critic = critic_parameters(policy, policy.predict_values, inputs, actor)
     extractor = flatten(policy.vf_features_extractor.parameters()).numel()
     assert (sum(p.numel() for p in critic) > extractor) != shared
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [({}, -0.5), ({"use_sde": True}, 0.0), ({"log_std_init": 0.3}, 0.3)], ids=["", "gsde", "given"]
+)
+def test_first_standard_deviation_is_below_sb3s_except_with_gsde(arguments, expected):
+    policy = MlpPolicy(spaces.Box(-1.0, 1.0, (3,)), spaces.Box(-1.0, 1.0, (2,)), lambda _: 1e-3, **arguments)
+    assert policy.log_std.unique().tolist() == pytest.approx([expected])
+    copy = MlpPolicy(**policy._get_constructor_parameters())
+    assert th.equal(copy.log_std, policy.log_std)

@@ -136,8 +136,8 @@ def test_logged_numbers_describe_the_update() -> None:
         assert log["train/actual_improvement"] == pytest.approx(log["train/expected_improvement"], rel=0.3)
         assert log["train/gradient_norm"] > 0.0
         assert log["train/step_length"] > 0.0
-    # σ = 1 at the start; the entropy of a Gaussian is ½ log(2πe σ²) a dimension.
-    assert model.logs[0]["train/entropy"] == pytest.approx(math.log(2 * math.pi * math.e), rel=1e-5)
+    # log σ = -0.5 at the start; the entropy of a Gaussian is ½ log(2πe σ²) a dimension.
+    assert model.logs[0]["train/entropy"] == pytest.approx(math.log(2 * math.pi * math.e) - 2 * 0.5, rel=1e-5)
     assert model.logs[1]["train/std"] == pytest.approx(model.policy.log_std.exp().mean().item())
 
 

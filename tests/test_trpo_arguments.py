@@ -69,7 +69,7 @@ def test_arguments_are_those_of_sb3_contrib_in_their_order() -> None:
     assert list(ours)[: len(theirs)] == list(theirs)
     for name in theirs:
         assert ours[name].kind is theirs[name].kind, name
-        assert ours[name].default == (0.05 if name == "target_kl" else theirs[name].default), name
+        assert ours[name].default == (0.03 if name == "target_kl" else theirs[name].default), name
     for name in list(ours)[len(theirs) :]:
         assert ours[name].kind is inspect.Parameter.KEYWORD_ONLY, name
         assert ours[name].default is not inspect.Parameter.empty, name

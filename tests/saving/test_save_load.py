@@ -122,7 +122,7 @@ def test_a_loaded_model_goes_on_as_the_saved_one(schedule: bool, tmp_path: Path)
         logs.append({key: value for key, value in run.logger.name_to_value.items() if key.startswith("train")})
     assert_same(loaded.get_parameters(), model.get_parameters())
     assert logs[0] == logs[1]
-    assert logs[0]["train/target_kl"] == (0.0 if schedule else 0.05)
+    assert logs[0]["train/target_kl"] == (0.0 if schedule else 0.03)
 
 
 def test_a_model_goes_through_a_file_object() -> None:
