@@ -13,7 +13,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 
-from sb3_trpo.arguments import Rule, one_of
+from sb3_trpo.arguments import Rule, one_of, shown
 from sb3_trpo.distributed import synchronization
 from sb3_trpo.distributed.moments import merged
 from sb3_trpo.distributed.process_group import SINGLE_PROCESS, ProcessGroup, RankInfo, detect_rank, join
@@ -55,6 +55,15 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
     #: Rollouts since ``learn`` was called, including those before a resume.
     _iteration: int = 0
     _run_id: str = ""
+
+    #: Attributes that ``repr`` shows after the policy, unless they are None.
+    _repr_attributes: ClassVar[tuple[str, ...]] = ("target_kl", "num_timesteps")
+
+    def __repr__(self) -> str:
+        values = {name: getattr(self, name, None) for name in self._repr_attributes}
+        words = [f"{name}={shown(value)}" for name, value in values.items() if value is not None]
+        policy = getattr(self, "policy_class", None)
+        return f"{type(self).__name__}({', '.join(words if policy is None else [policy.__name__, *words])})"
 
     @functools.cached_property
     def _callback_stream(self) -> CallbackStream:

@@ -323,3 +323,8 @@ def test_statistics_of_batch_norm_move_once_an_update() -> None:
     norm = model.policy.mlp_extractor.policy_net[1]
     assert float(norm.running_mean.abs().sum()) > 0.0
     assert int(norm.num_batches_tracked) == 2
+
+
+def test_repr_names_the_step_size_if_there_is_one() -> None:
+    assert repr(make(actor_step_size=0.1)) == "Hooked(MlpPolicy, actor_step_size=0.1, target_kl=0.05, num_timesteps=0)"
+    assert repr(make()) == "Hooked(MlpPolicy, target_kl=0.05, num_timesteps=0)"

@@ -22,6 +22,7 @@ from stable_baselines3.common.envs import IdentityEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from torch import nn
 
@@ -582,3 +583,18 @@ def test_environments_in_processes_give_the_same_run_as_in_one() -> None:
         env.close()
 
     assert same(*parameters)
+
+
+# ---- repr
+
+
+def test_repr_names_algorithm_policy_and_trust_region() -> None:
+    model = make(target_kl=0.02)
+    assert repr(model) == "HookedTRPO(MlpPolicy, target_kl=0.02, num_timesteps=0)"
+    assert repr(model.learn(N_STEPS)) == f"HookedTRPO(MlpPolicy, target_kl=0.02, num_timesteps={N_STEPS})"
+    model.target_kl = LinearSchedule(0.05, 0.0, 1.0)
+    assert "target_kl=LinearSchedule(start=0.05, end=0.0, end_fraction=1.0)" in repr(model)
+
+
+def test_repr_of_an_unfinished_model_is_possible() -> None:
+    assert repr(TRPO.__new__(TRPO)) == "TRPO()"
