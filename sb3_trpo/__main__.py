@@ -64,7 +64,7 @@ def own(module: str) -> Callable[[list[str]], None]:
 
 
 _TRAIN = ("check_names", "show_progress")
-_PLAY = ("check_names", "find_run")
+_PLAY = ("check_names", "find_run", "quiet_loading")
 COMMANDS = {
     "train": Command(zoo("rl_zoo3.train", "--algo", "trpo", prepare=_TRAIN), "train an agent, or continue one (-i)"),
     "optimize": Command(

@@ -13,6 +13,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
+from support.arguments import effective
 from torch import nn
 
 from sb3_trpo import NPG, TRPO
@@ -69,7 +70,7 @@ def hooked(algorithm: type[Any]) -> type[Any]:
 
 def make(algorithm: type[Any] = NPG, action: str = "box", policy: Any = "MlpPolicy", hook: Any = None, **kwargs: Any) -> Any:
     defaults = {"n_steps": N_STEPS, "batch_size": 16, "seed": 0, "device": "cpu"}
-    model = hooked(algorithm)(policy, Noise(SPACES[action]), **(defaults | kwargs))
+    model = hooked(algorithm)(policy, Noise(SPACES[action]), **effective(defaults | kwargs))
     if hook is not None:
         model.before_train = hook
     return model

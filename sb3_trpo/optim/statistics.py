@@ -62,9 +62,11 @@ class Summary:
         :return: the summary
         """
         array = np.asarray(values, dtype=np.float64)
+        with np.errstate(invalid="ignore"):  # of infinite values: NaN
+            mean, std = float(array.mean()), float(array.std())
         return cls(
-            mean=float(array.mean()),
-            std=float(array.std()),
+            mean=mean,
+            std=std,
             min=float(array.min()),
             max=float(array.max()),
             last=float(array[-1]),

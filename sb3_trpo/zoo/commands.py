@@ -4,6 +4,7 @@ import argparse
 import importlib
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,6 +102,20 @@ def find_run(arguments: list[str]) -> list[str]:
     if not with_model:
         raise UsageError(f"no model of {known.algo} on {env_id} in {folder}: train one first, or name another --folder")
     return [*arguments, "--exp-id", str(with_model[-1])]
+
+
+def quiet_loading(arguments: list[str]) -> list[str]:
+    """
+    Ignore the warnings that RL Zoo causes when it loads a model to play.
+
+    It passes a learning rate to every algorithm, and an environment to models with a log, though neither is used.
+
+    :param arguments: the command's arguments
+    :return: the arguments
+    """
+    for message in (r"no effect with critic_method='gauss_newton': learning_rate$", "the log goes nowhere"):
+        warnings.filterwarnings("ignore", message, UserWarning)
+    return arguments
 
 
 def _model_pattern(known: argparse.Namespace, env_id: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch as th
+from support.arguments import effective
 from test_trpo import N_STEPS, HookedTRPO, ScriptedEnv, make
 
 from sb3_trpo import TRPO
@@ -113,7 +114,9 @@ def test_the_log_has_the_figures_of_last_update(arguments: dict[str, Any]) -> No
             super().train()
             kept.append(dict(self.logger.name_to_value))
 
-    model = Kept("MlpPolicy", ScriptedEnv(), **({"n_steps": N_STEPS, "batch_size": 8, "seed": 0, "device": "cpu"} | arguments))
+    model = Kept(
+        "MlpPolicy", ScriptedEnv(), **effective({"n_steps": N_STEPS, "batch_size": 8, "seed": 0, "device": "cpu"} | arguments)
+    )
     model.learn(N_STEPS)
     stats, (log,) = model.last_update, kept
     n_steps = {"plain": 1, "passes": 3, "minibatches": 4}[next(name for name, given in SPLITS.items() if given is arguments)]
