@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import envs  # noqa: F401 (registers the tasks)
 import gymnasium as gym
 import sb3_contrib
+from envs import WITHOUT_VELOCITIES
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiBinary, InvalidActionEnvMultiDiscrete
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
@@ -183,8 +183,12 @@ def recurrent() -> Study:
     budgets = {"CartPoleNoVel-v1": (30_000, 8), "PendulumNoVel-v1": (60_000, 4), "Recall-v0": (30_000, 8)}
     study = {}
     for env, (steps, ppo_envs) in budgets.items():
-        study["RecurrentTRPO", env] = Case(sb3_trpo.RecurrentTRPO, {**LSTM, **ours[env]}, steps, 8, normalize=True)
-        study["RecurrentPPO", env] = Case(sb3_contrib.RecurrentPPO, {**LSTM, **ppo[env]}, steps, ppo_envs, normalize=True)
+        make = WITHOUT_VELOCITIES.get(env)
+        for algorithm, settings, n_envs in (
+            (sb3_trpo.RecurrentTRPO, ours[env], 8),
+            (sb3_contrib.RecurrentPPO, ppo[env], ppo_envs),
+        ):
+            study[algorithm.__name__, env] = Case(algorithm, {**LSTM, **settings}, steps, n_envs, make, normalize=True)
     return study
 
 

@@ -179,15 +179,12 @@ def report(row: dict[str, Any]) -> None:
 
 def interquartile_means(scores: dict[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
     """
-    Interquartile mean over runs and tasks, with its stratified bootstrap interval (95 %), by rliable.
+    Return interquartile means over seeds and tasks, with stratified bootstrap intervals (95%), by rliable.
 
     :param scores: of each cell, shape ``(n_seeds, n_tasks)``
     :return: of each cell: mean, lower and upper bound
     """
-    from rliable import library, metrics
+    from sb3_trpo.zoo import report
 
-    random_state = np.random.RandomState(0)
-    points, intervals = library.get_interval_estimates(
-        scores, lambda matrix: np.array([metrics.aggregate_iqm(matrix)]), reps=5_000, random_state=random_state
-    )
-    return {cell: (float(points[cell][0]), float(intervals[cell][0, 0]), float(intervals[cell][1, 0])) for cell in scores}
+    means, intervals = report.interquartile_means(scores)
+    return {cell: (mean, *map(float, intervals[cell])) for cell, mean in means.items()}

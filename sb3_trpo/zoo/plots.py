@@ -151,7 +151,7 @@ def algorithm_name(algorithm: str) -> str:
 
 def compare_learning(results: pd.DataFrame) -> Figure:
     """
-    Plot the evaluations of a benchmark: mean return over the seeds with its 95 % bootstrap interval.
+    Plot the evaluations of a benchmark: mean return over the seeds with its 95% bootstrap interval.
 
     :param results: a results file
     :return: a row for each environment, against steps and against seconds (mean over the seeds)
@@ -182,7 +182,7 @@ def compare_learning(results: pd.DataFrame) -> Figure:
     _legend(
         figure,
         [Line2D([], [], color=color, label=name) for name, color in colors.items()],
-        f"mean of {seeds} seeds, 95 % interval",
+        f"mean of {seeds} seeds, 95% interval",
     )
     return figure
 
