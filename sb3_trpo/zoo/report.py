@@ -247,7 +247,7 @@ def draw(estimates: Estimates) -> Figure:
             mfc="white",
             color=colors[label],
         )
-    means.set(xlabel="interquartile mean of the scores, 95% interval", ylim=(len(names) - 0.5, -0.5))
+    means.set(xlabel="interquartile mean of the scores\n(95% interval)", ylim=(len(names) - 0.5, -0.5))
     plot_utils.plot_performance_profiles(
         {names[name]: profile for name, profile in estimates.profile.items()},
         estimates.taus,
@@ -261,6 +261,7 @@ def draw(estimates: Estimates) -> Figure:
         wrect=0,
         hrect=0,
     )
+    profiles.tick_params(pad=8)
     profiles.set(xlim=(estimates.taus[0], estimates.taus[-1]), ylim=(0, 1.03))
     figure.legend(*profiles.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
     for (first, second), p in estimates.better.items():
@@ -268,7 +269,7 @@ def draw(estimates: Estimates) -> Figure:
         interval = np.abs(estimates.better_interval[first, second] - p)[:, None]
         better.errorbar(p, label, xerr=interval, fmt="o", lw=6, ms=9, mfc="white", color="tab:gray")
     better.axvline(0.5, color="k", ls="--", lw=1)
-    better.set(xlabel="probability of improvement, 95% interval", xlim=(-0.02, 1.02))
+    better.set(xlabel="probability of improvement\n(95% interval)", xlim=(-0.02, 1.02))
     better.set_ylim(len(estimates.better) - 0.5, -0.5)
     return figure
 
