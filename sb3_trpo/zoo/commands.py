@@ -1,4 +1,4 @@
-"""What the command line adds to the arguments of RL Zoo's commands, and what it checks before they run."""
+"""Checks and completes the arguments of RL Zoo's commands."""
 
 import argparse
 import importlib
@@ -19,7 +19,7 @@ DEFAULT_ENV = "CartPole-v1"
 
 def parse_known(arguments: Sequence[str]) -> argparse.Namespace:
     """
-    Read those of RL Zoo's arguments that the functions below need.
+    Parse the arguments that the functions below need.
 
     :param arguments: the command's arguments
     :return: the values; ``env`` and ``exp_id`` are None if not given
@@ -44,7 +44,7 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
 
 def check_names(arguments: list[str]) -> list[str]:
     """
-    Check the names of environment and algorithm, and say which environment is taken if none is given.
+    Check the names of environment and algorithm, and print the default environment if none is given.
 
     :param arguments: the command's arguments
     :return: the arguments
@@ -79,7 +79,7 @@ def show_progress(arguments: list[str]) -> list[str]:
 
 def find_run(arguments: list[str]) -> list[str]:
     """
-    Choose the latest run that has a model: RL Zoo takes the latest folder, which ``optimize`` leaves without one.
+    Choose the latest run with a model: RL Zoo takes the latest folder, which has none after ``optimize``.
 
     :param arguments: the command's arguments
     :return: the arguments, with ``--exp-id`` unless it was given
