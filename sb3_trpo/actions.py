@@ -1,8 +1,8 @@
 """
 Bounded actions and custom action distributions.
 
-A policy's distribution describes raw actions, before they are bounded. The rollout buffer and the update use raw actions, so no
-inverse of a saturated tanh is needed. The policy's methods ``forward``, ``evaluate_actions`` and ``predict`` use the
+A policy's distribution describes raw actions, before they are bounded. The rollout buffer and the update use raw actions: no
+inverse of a saturated tanh is needed. The methods ``forward``, ``evaluate_actions`` and ``predict`` of a policy use the
 environment's actions.
 """
 

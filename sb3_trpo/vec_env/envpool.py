@@ -53,7 +53,7 @@ class EnvPoolVecEnv(VecEnv):
     """
     An EnvPool pool as a vectorized environment.
 
-    After the end of an episode, EnvPool uses one step for the reset, ignores its action and returns reward 0. This class resets
+    After the end of an episode, EnvPool uses one step for the reset, ignores its action and gives reward 0. This class resets
     finished environments at once, as SB3 does: they return the first observation of the next episode, and
     ``terminal_observation`` in their info.
 
