@@ -1,7 +1,7 @@
 """
 Small tasks for the spaces that Gymnasium's own tasks leave out. Import this module, then ``gym.make("Chase-v0")``.
 
-Each is learnt in some 30,000 steps, and none by a policy that ignores part of its observation.
+Each is learned in about 30,000 steps, and none by a policy that ignores part of its observation.
 """
 
 from functools import partial
@@ -217,7 +217,7 @@ class Recall(gym.Env):
 
 
 class PositionsOnly(gym.ObservationWrapper):
-    """Leaves out the velocities, so that a policy must remember what it saw before."""
+    """Leaves out the velocities: a policy must remember earlier observations."""
 
     def __init__(self, env: gym.Env, positions: tuple[int, ...]) -> None:
         super().__init__(env)
@@ -233,9 +233,11 @@ def _without_velocities(name: str, positions: tuple[int, ...]) -> gym.Env:
     return PositionsOnly(gym.make(name), positions)
 
 
-gym.register("CartPoleNoVel-v1", partial(_without_velocities, "CartPole-v1", (0, 2)))
-gym.register("PendulumNoVel-v1", partial(_without_velocities, "Pendulum-v1", (0, 1)))
-gym.register("LunarLanderNoVel-v3", partial(_without_velocities, "LunarLander-v3", (0, 1, 4, 6, 7)))
+#: Not registered: RL Zoo registers other environments under these names, where velocities are zero.
+WITHOUT_VELOCITIES = {
+    "CartPoleNoVel-v1": partial(_without_velocities, "CartPole-v1", (0, 2)),
+    "PendulumNoVel-v1": partial(_without_velocities, "Pendulum-v1", (0, 1)),
+}
 gym.register("Recall-v0", Recall)
 gym.register("Placement-v0", Placement)
 gym.register("Chase-v0", Chase, max_episode_steps=50)

@@ -1,17 +1,15 @@
 """
-How much of what a step of RecurrentTRPO promises on its own rollout holds on other rollouts of the same policy.
+How much of the gain of a RecurrentTRPO step on its own rollout remains on other rollouts of the same policy.
 
     python benchmarks/gradient_noise.py
 
-A policy is trained for some steps, then collects rollouts without being changed. Each gives a direction s by conjugate
-gradients; the gain gᵀs / √(sᵀFs) is the slope of the objective per unit of distance, by gradient and Fisher matrix of the same
-rollout, or of the others. The ratio of the two is what of a step is no noise. The same for several λ of the advantages, and
-for a direction from 150 instead of 15 iterations.
+A policy is trained for some steps, then collects rollouts without changing. Each gives a direction s by conjugate gradients;
+the gain gᵀs / √(sᵀFs) is the slope of the objective per unit of distance, with the gradient and Fisher matrix of the same
+rollout, or of the others. The ratio of the two is the share of a step that is not noise. This is repeated for several λ of the
+advantages, and for 150 instead of 15 iterations.
 """
 
-import os
-
-os.environ["OMP_NUM_THREADS"] = "1"
+import study  # noqa: F401 isort: skip  (first: one thread)
 
 import argparse
 import itertools
@@ -21,9 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-from recurrent import TASKS, TRPO
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
+from compare import make_env
+from studies import recurrent
 
 from sb3_trpo import RecurrentTRPO
 from sb3_trpo.optim.batch import RolloutBatch, normalize_advantages
@@ -89,10 +86,8 @@ def measure(model: RecurrentTRPO, rollouts: list[RolloutBatch], max_iter: int, r
 
 
 def perform(name: str, steps: int, seed: int) -> list[dict[str, Any]]:
-    task = TASKS[name]
-    settings = task.settings[TRPO]
-    env = VecNormalize(make_vec_env(task.make, task.n_envs[TRPO], seed=seed), gamma=settings["gamma"])
-    model = RecurrentTRPO(env=env, seed=seed, device="cpu", **{**settings, "target_kl": 0.05})
+    case = recurrent()["RecurrentTRPO", name]
+    model = RecurrentTRPO(env=make_env(case, name, seed), seed=seed, device="cpu", **{**case.settings, "target_kl": 0.05})
     model.learn(steps)
     rollouts = collect(model)
     cells = [(lam, 15, 0.05, N_ROLLOUTS) for lam in LAMBDAS] + [

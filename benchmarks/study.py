@@ -1,8 +1,8 @@
 """
-The parts of a study that do not depend on its question: runs, their rows, and a pool of processes.
+Runs, their rows and a pool of processes, for any study.
 
-A study is a set of runs. Each run has a process of its own and appends one row to a CSV when it ends, and its evaluations to a
-second one. Rows are never rewritten: a study that was stopped goes on where it was, and a run that failed is tried again.
+A study is a set of runs. Each run is a process that appends one row to a CSV when it ends, and its evaluations, if it has
+several, to a second one. Rows are never rewritten: an interrupted study continues, and failed runs are repeated.
 """
 
 import os
@@ -55,7 +55,7 @@ class Evaluations:
         return len(self.points) < steps // self.interval and steps < self.run.steps
 
     def add(self, steps: int, evaluate: Callable[[], Sequence[float] | np.ndarray]) -> None:
-        """Evaluate, off the clock."""
+        """Evaluate; the time is not counted."""
         before, seconds = time.process_time(), self.cpu_seconds
         returns = np.asarray(evaluate(), dtype=float)
         self.points.append(
@@ -80,6 +80,34 @@ class Evaluations:
             "cpu_seconds": last["cpu_seconds"],
             "commit": commit(),
         }
+
+
+class FinalEvaluation(NamedTuple):
+    """One run with a single evaluation, at its end."""
+
+    run: Run
+    returns: Sequence[float]
+    cpu_seconds: float
+    more: dict[str, Any]
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """No evaluations during training."""
+        return []
+
+    def row(self) -> dict[str, Any]:
+        """Return the row of the run."""
+        return {
+            **self.run._asdict(),
+            "final_return": round(float(np.mean(self.returns)), 3),
+            "final_std": round(float(np.std(self.returns)), 3),
+            "cpu_seconds": round(self.cpu_seconds, 1),
+            **self.more,
+            "commit": commit(),
+        }
+
+
+Train = Callable[[Run], Evaluations | FinalEvaluation]
 
 
 def commit() -> str:
@@ -115,17 +143,18 @@ def is_done(run: Run, out: Path) -> bool:
     return tuple(map(str, run)) in {tuple(row[name] for name in Run._fields) for row in read_rows(out)}
 
 
-def perform(run: Run, train: Callable[[Run], Evaluations], out: Path) -> dict[str, Any]:
+def perform(run: Run, train: Train, out: Path) -> dict[str, Any]:
     """Train, and write the rows of the run."""
-    evaluations = train(run)
-    append_rows(curves_path(out), [{**run._asdict(), **point} for point in evaluations.points])
-    row = evaluations.row()
+    result = train(run)
+    if result.points:
+        append_rows(curves_path(out), [{**run._asdict(), **point} for point in result.points])
+    row = result.row()
     append_rows(out, [row])
     return row
 
 
-def perform_missing(runs: Iterable[Run], train: Callable[[Run], Evaluations], out: Path, jobs: int) -> int:
-    """Perform the runs that the CSV does not hold yet, in order, and go on where one fails; return how many failed."""
+def perform_missing(runs: Iterable[Run], train: Train, out: Path, jobs: int) -> int:
+    """Perform the runs that the CSV does not hold yet, in order, also after one fails; return how many failed."""
     missing = [run for run in runs if not is_done(run, out)]
     print(f"{len(missing)} runs are missing in {out.name}; {jobs} at a time", flush=True)
     if len(missing) == 1:
@@ -145,20 +174,17 @@ def perform_missing(runs: Iterable[Run], train: Callable[[Run], Evaluations], ou
 
 def report(row: dict[str, Any]) -> None:
     run = " ".join(str(row[name]) for name in Run._fields)
-    print(f"{run}: {row['final_return']} (best {row['best_return']}) in {row['cpu_seconds']} s", flush=True)
+    print(f"{run}: {row['final_return']} in {row['cpu_seconds']} s", flush=True)
 
 
 def interquartile_means(scores: dict[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
     """
-    Interquartile mean over runs and tasks, with its stratified bootstrap interval (95 %), by rliable.
+    Return interquartile means over seeds and tasks, with stratified bootstrap intervals (95%), by rliable.
 
     :param scores: of each cell, shape ``(n_seeds, n_tasks)``
     :return: of each cell: mean, lower and upper bound
     """
-    from rliable import library, metrics
+    from sb3_trpo.zoo import report
 
-    random_state = np.random.RandomState(0)
-    points, intervals = library.get_interval_estimates(
-        scores, lambda matrix: np.array([metrics.aggregate_iqm(matrix)]), reps=5_000, random_state=random_state
-    )
-    return {cell: (float(points[cell][0]), float(intervals[cell][0, 0]), float(intervals[cell][1, 0])) for cell in scores}
+    means, intervals = report.interquartile_means(scores)
+    return {cell: (mean, *map(float, intervals[cell])) for cell, mean in means.items()}

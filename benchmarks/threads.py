@@ -3,19 +3,19 @@ How many threads should torch use? Environment steps per second and CPU seconds,
 
     python benchmarks/threads.py
 
-Each case trains for a few rollouts with each number of threads, in alternation, in one process per run (torch reads
-OMP_NUM_THREADS once). The machine's load average is recorded with each run: on a busy machine more threads wait for
-one another.
+Each case trains for a few rollouts with each number of threads, in alternation, one process per run (torch reads
+OMP_NUM_THREADS once). The machine's load average is recorded with each run: on a busy machine, threads wait for one another.
 """
+
+import timing  # isort: skip  (first: one thread)
 
 import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,15 @@ def measure(case: str, n_updates: int) -> dict[str, float]:
     n_states = N_ENVS * settings["n_steps"]
     threads = th.get_num_threads()
     model.learn(n_states)
-    wall, cpu = time.perf_counter(), time.process_time()
+    started = {name: clock() for name, clock in timing.CLOCKS.items()}
     model.learn(n_updates * n_states, reset_num_timesteps=False)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return {"threads": threads, "steps_per_second": n_updates * n_states / wall, "cpu_seconds": cpu, "wall_seconds": wall}
+    seconds = {name: clock() - started[name] for name, clock in timing.CLOCKS.items()}
+    speed = n_updates * n_states / seconds["wall"]
+    return {"threads": threads, "steps_per_second": speed, **{f"{name}_seconds": value for name, value in seconds.items()}}
 
 
 def run(case: str, threads: int, n_updates: int) -> dict[str, float]:
-    """Measure in a process of its own."""
+    """Measure in a separate process."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, __file__, "--worker", case, "--updates", str(n_updates)]
     load = os.getloadavg()[0]
@@ -76,22 +77,17 @@ def main() -> None:
         print(json.dumps(measure(args.worker, args.updates)))
         return
 
-    rows: dict[str, Any] = {}
+    cases: dict[str, Any] = {}
     for case in args.case:
-        runs: dict[int, list[dict[str, float]]] = {threads: [] for threads in args.threads}
-        for _ in range(args.rounds):
-            for threads, samples in runs.items():
-                samples.append(run(case, threads, args.updates))
-        for threads, samples in runs.items():
-            row = {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
-            rows.setdefault(case, {})[threads] = {key: round(value, 3) for key, value in row.items()}
-            speed, cpu = row["steps_per_second"], row["cpu_seconds"]
-            print(
-                f"{case:10}{threads:3} threads{speed:10,.0f} steps/s{cpu:8.2f} CPU s, load {row['load_before']:.1f}",
-                flush=True,
-            )
+        contenders = {str(threads): partial(run, case, threads, args.updates) for threads in args.threads}
+        cases[case] = {
+            threads: timing.medians(samples) for threads, samples in timing.alternate(contenders, args.rounds).items()
+        }
+        for threads, row in cases[case].items():
+            figures = f"{row['steps_per_second']:10,.0f} steps/s{row['cpu_seconds']:8.2f} CPU s, load {row['load_before']:.1f}"
+            print(f"{case:10}{threads:>3} threads{figures}", flush=True)
         machine = {"cores": os.cpu_count(), "python": platform.python_version()}
-        result = {"machine": machine, "rounds": args.rounds, "cases": rows}
+        result = {"machine": machine, "rounds": args.rounds, "cases": cases}
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
 """
-The command line: RL Zoo's commands with our algorithms registered, and a few of our own.
+The command line: RL Zoo's commands with our algorithms, and a few of our own.
 
-``python -m sb3_trpo COMMAND --help`` shows the arguments of a command; those of RL Zoo are its own, unchanged. Modules are
-imported when a command needs them, so that ``--help`` answers at once.
+``python -m sb3_trpo COMMAND --help`` shows the arguments of a command. Modules are imported when a command needs them, to keep
+``--help`` fast.
 """
 
 import argparse
@@ -22,7 +22,7 @@ class Command(NamedTuple):
     A command.
 
     :param run: takes the command's arguments
-    :param help: what it does, in a line
+    :param help: one line of help
     """
 
     run: Callable[[list[str]], None]
@@ -34,7 +34,7 @@ def zoo(module: str, *given: str, prepare: Sequence[str] = ()) -> Callable[[list
     Forward a command to RL Zoo.
 
     :param module: the zoo's module
-    :param given: arguments to put before the user's, which therefore prevail
+    :param given: default arguments; the user's override them
     :param prepare: names of functions of :mod:`sb3_trpo.zoo.commands` that check or complete the arguments
     :return: the command
     """
@@ -64,7 +64,7 @@ def own(module: str) -> Callable[[list[str]], None]:
 
 
 _TRAIN = ("check_names", "show_progress")
-_PLAY = ("check_names", "find_run")
+_PLAY = ("check_names", "find_run", "quiet_loading")
 COMMANDS = {
     "train": Command(zoo("rl_zoo3.train", "--algo", "trpo", prepare=_TRAIN), "train an agent, or continue one (-i)"),
     "optimize": Command(

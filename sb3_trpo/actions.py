@@ -1,8 +1,9 @@
-"""Bounded actions, and action distributions that users define.
+"""
+Bounded actions and custom action distributions.
 
-A policy's distribution describes raw actions, before they are bounded; rollout buffer and update use those, so no inverse of
-a saturated tanh is ever needed. The policy's methods ``forward``, ``evaluate_actions`` and ``predict`` use the environment's
-actions.
+A policy's distribution describes raw actions, before they are bounded. The rollout buffer and the update use raw actions: no
+inverse of a saturated tanh is needed. The methods ``forward``, ``evaluate_actions`` and ``predict`` of a policy use the
+environment's actions.
 """
 
 import math
@@ -50,16 +51,16 @@ SelfUserDistribution = TypeVar("SelfUserDistribution", bound="CustomDistribution
 
 def log_tanh_slope(u: th.Tensor) -> th.Tensor:
     """
-    Log of d tanh(u)/du = 1 − tanh²(u), exact for large u too.
+    Log of d tanh(u)/du = 1 − tanh²(u), accurate for large u.
 
-    :param u: anything
-    :return: its logarithms, of the same shape
+    :param u: tensor of any shape
+    :return: log(1 − tanh²(u)), same shape
     """
     return 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
 
 
 class TanhGaussianDistribution(DiagGaussianDistribution):
-    """The distribution of a = tanh(u), u Gaussian, given by u: log-probabilities are those of a, in [-1, 1]."""
+    """Distribution of a = tanh(u) with Gaussian u. Samples are u; log-probabilities are densities of a in [-1, 1]."""
 
     def log_prob(self, actions: th.Tensor) -> th.Tensor:
         """
@@ -71,18 +72,18 @@ class TanhGaussianDistribution(DiagGaussianDistribution):
         return super().log_prob(actions) - log_tanh_slope(actions).sum(dim=1)
 
     def entropy(self) -> None:
-        """There is no formula for it."""
+        """Return None: there is no closed form."""
         return
 
 
 class CustomDistribution(Distribution):
     """
-    A distribution that a function makes from the network's outputs.
+    A distribution that a user's function computes from the network's outputs.
 
     :param dist_fn: outputs, shape ``(n_states, n_outputs)`` ↦ torch distribution, with the states in its first batch dimension
     :param n_outputs: number of the network's outputs
     :param action_shape: shape of an action: ``(n_dimensions,)``, or ``()`` for Discrete
-    :param is_tanh_bounded: whether log-probabilities are those of the tanh of a sample
+    :param is_tanh_bounded: log-probabilities are densities of the tanh of a sample
     """
 
     def __init__(
@@ -97,28 +98,28 @@ class CustomDistribution(Distribution):
 
     def proba_distribution_net(self, latent_dim: int) -> nn.Module:
         """
-        Make the layer that gives the outputs.
+        Make the output layer.
 
-        :param latent_dim: width of the layer before
+        :param latent_dim: width of the last hidden layer
         :return: a linear layer
         """
         return nn.Linear(latent_dim, self.n_outputs)
 
     def proba_distribution(self: SelfUserDistribution, outputs: th.Tensor) -> SelfUserDistribution:
         """
-        Set the outputs.
+        Set the distribution for a batch of outputs.
 
-        :param outputs: of the network, shape ``(n_states, n_outputs)``
+        :param outputs: the network's outputs, shape ``(n_states, n_outputs)``
         :return: self
-        :raises ValueError: the function's distribution is not one of an action in each state
+        :raises ValueError: the function did not return a distribution of one action per state
         """
         distribution = self.dist_fn(outputs)
         if not isinstance(distribution, TorchDistribution):
             raise ValueError(f"dist_fn returned a {type(distribution).__name__}; it must be a torch distribution")
-        while isinstance(distribution, Independent):  # the dimensions are summed over here in any case
+        while isinstance(distribution, Independent):  # this class sums over the dimensions itself
             distribution = distribution.base_dist
         batch, event = tuple(distribution.batch_shape), tuple(distribution.event_shape)
-        # Samples of another shape would be broadcast, and every number be wrong.
+        # Samples of another shape would be broadcast without an error.
         if batch[:1] != (len(outputs),) or batch + event != (len(outputs), *self.action_shape):
             raise ValueError(
                 f"dist_fn returned {type(distribution).__name__} with batch_shape={batch} and event_shape={event}; the first "
@@ -141,7 +142,7 @@ class CustomDistribution(Distribution):
         """
         Entropy of the joint action in nats.
 
-        :return: shape ``(n_states,)``; None where there is no formula for it
+        :return: shape ``(n_states,)``; None if there is no closed form
         """
         try:
             return None if self.is_tanh_bounded else _sum_dimensions(self.distribution.entropy())
@@ -158,7 +159,7 @@ class CustomDistribution(Distribution):
 
     def mode(self) -> th.Tensor:
         """
-        The most likely action; the mean where there is no formula for it, or no single one.
+        Return the mode; the mean if the mode has no closed form or is not unique.
 
         :return: actions, shape ``(n_states, ...)``
         """
@@ -166,19 +167,19 @@ class CustomDistribution(Distribution):
 
     def actions_from_params(self, outputs: th.Tensor, deterministic: bool = False) -> th.Tensor:
         """
-        Set the outputs, and act.
+        Set the distribution and choose actions.
 
-        :param outputs: of the network, shape ``(n_states, n_outputs)``
-        :param deterministic: the mode instead of a sample
+        :param outputs: the network's outputs, shape ``(n_states, n_outputs)``
+        :param deterministic: use the mode instead of a sample
         :return: actions, shape ``(n_states, ...)``
         """
         return self.proba_distribution(outputs).get_actions(deterministic)
 
     def log_prob_from_params(self, outputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        Set the outputs, and sample.
+        Set the distribution and sample.
 
-        :param outputs: of the network, shape ``(n_states, n_outputs)``
+        :param outputs: the network's outputs, shape ``(n_states, n_outputs)``
         :return: actions and their log-probabilities
         """
         actions = self.actions_from_params(outputs)
@@ -215,10 +216,10 @@ class BoundedActionPolicy(ActorCriticPolicy):
     :param args: as SB3's ``ActorCriticPolicy``
     :param action_bound: ``"clip"`` or ``"tanh"`` to bound raw actions to [-1, 1] and scale them to the bounds of the space;
         None to clip them to the bounds of the space, as SB3 does
-    :param dist_fn: makes the action distribution, a torch distribution, from the outputs of the network, shape
-        ``(n_states, n_dist_outputs)``; None for SB3's, by action space. KL(p ‖ q) of its family must be known to torch
-    :param n_dist_outputs: number of the outputs that ``dist_fn`` gets; None for two per action dimension
-    :param kwargs: as SB3's ``ActorCriticPolicy``; ``log_std_init`` is -0.5 unless told otherwise, and 0 with gSDE
+    :param dist_fn: returns the action distribution, a torch distribution, for the outputs of the network, shape
+        ``(n_states, n_dist_outputs)``; None for SB3's, by action space. torch must know KL(p ‖ q) of its family
+    :param n_dist_outputs: number of outputs of the network; None for two per action dimension
+    :param kwargs: as SB3's ``ActorCriticPolicy``; ``log_std_init`` is -0.5 unless given, and 0 with gSDE
     :raises ValueError: an option is out of range, or does not fit the action space or gSDE
     """
 
@@ -271,7 +272,7 @@ class BoundedActionPolicy(ActorCriticPolicy):
         Act and evaluate.
 
         :param obs: observations
-        :param deterministic: take the mode instead of a sample
+        :param deterministic: use the mode instead of a sample
         :return: the environment's actions, values and log-probabilities
         """
         actions, values, log_prob = super().forward(obs, deterministic)  # type: ignore[arg-type]
@@ -283,7 +284,7 @@ class BoundedActionPolicy(ActorCriticPolicy):
 
         :param obs: observations
         :param actions: actions of the environment, shape ``(n_states, *action_shape)``
-        :return: values, log-probabilities, and entropies if there is a formula for them
+        :return: values, log-probabilities, and entropies if they have a closed form
         """
         return super().evaluate_actions(obs, actions if self._uses_raw_actions else self.from_env(actions))
 
@@ -292,7 +293,7 @@ class BoundedActionPolicy(ActorCriticPolicy):
         Bound raw actions to [-1, 1].
 
         :param actions: samples of the distribution, shape ``(n_states, ...)``
-        :return: their tanh, or clipped; unchanged without ``action_bound``
+        :return: their tanh, or clipped actions; unchanged without ``action_bound``
         """
         if self.action_bound is None:
             return actions
@@ -313,7 +314,7 @@ class BoundedActionPolicy(ActorCriticPolicy):
 
     def from_env(self, actions: th.Tensor) -> th.Tensor:
         """
-        Convert the environment's actions to raw ones, of which :meth:`to_env` makes the same actions.
+        Convert the environment's actions to raw actions: the inverse of :meth:`to_env`.
 
         :param actions: actions of the environment, shape ``(n_states, *action_shape)``
         :return: raw actions; finite at the bounds and beyond; unchanged without ``action_bound``
@@ -334,7 +335,7 @@ class BoundedActionPolicy(ActorCriticPolicy):
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """
-        Scale actions from [-1, 1] to the bounds of the action space, which rounding must not leave.
+        Scale actions from [-1, 1] to the bounds of the action space; rounding never exceeds them.
 
         :param scaled_action: actions in [-1, 1]; raw ones under :func:`raw_actions`
         :return: actions of the environment
@@ -353,7 +354,7 @@ def raw_actions(policy: nn.Module) -> Iterator[None]:
     """
     Make ``forward``, ``evaluate_actions`` and ``unscale_action`` of a policy use raw actions, as the rollout buffer does.
 
-    SB3's loop stores what ``forward`` returns, and hands it to ``unscale_action`` for the environment.
+    SB3's loop stores the result of ``forward``, and passes it to ``unscale_action`` for the environment.
 
     :param policy: the policy; nothing changes for one without ``action_bound``
     """
@@ -369,12 +370,12 @@ def raw_actions(policy: nn.Module) -> Iterator[None]:
 
 def check_action_options(action_space: spaces.Space[Any], use_sde: bool, options: Mapping[str, Any]) -> None:
     """
-    Check that a policy can have the options that it is to have.
+    Check the options of a policy.
 
     :param action_space: the environment's action space
     :param use_sde: whether it explores with gSDE
     :param options: its :data:`ACTION_OPTIONS`
-    :raises ValueError: it cannot; the message names the option, its value and what is allowed
+    :raises ValueError: an option is not allowed; the message names it, its value and what is allowed
     """
     check_arguments(OPTION_RULES, options)
     for name in ("action_bound", "dist_fn"):

@@ -138,9 +138,9 @@ def one_of(*values: object) -> Rule:
 
 def or_schedule(rule: Rule) -> Rule:
     """
-    Allow a schedule as well: a function of the remaining progress that returns a number of at least 0.
+    Also allow a schedule: a function of the remaining progress that returns a number of at least 0.
 
-    Functions are tried at both ends of a training, so that a wrong one is refused before the training starts.
+    Functions are evaluated at the start and the end of training, to reject wrong ones before training starts.
 
     :param rule: rule for numbers
     :return: the rule

@@ -1,4 +1,4 @@
-"""The base class of all algorithms: files that are written whole and read safely, exact resumption, several processes."""
+"""Base class of all algorithms: safe files, exact resumption and distributed training."""
 
 import functools
 import io
@@ -13,7 +13,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 
-from sb3_trpo.arguments import Rule, one_of
+from sb3_trpo.arguments import Rule, one_of, shown
 from sb3_trpo.distributed import synchronization
 from sb3_trpo.distributed.moments import merged
 from sb3_trpo.distributed.process_group import SINGLE_PROCESS, ProcessGroup, RankInfo, detect_rank, join
@@ -39,22 +39,31 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
 
     #: What the constructor allows, by argument.
     argument_rules: ClassVar[dict[str, Rule]] = {}
-    #: Whether to train together with the other processes that ``torchrun`` started: True if there must be some, False for
-    #: none, None for those there are.
+    #: Train together with the other processes that ``torchrun`` started: True to require them, False to ignore them, None if
+    #: there are any.
     distributed: bool | None = None
-    #: Whether to refuse observations with a NaN or an infinity.
+    #: Refuse observations with a NaN or an infinity.
     check_observations: bool = True
     #: Seconds that a process waits for the others before the training ends with an error.
     rank_timeout: float = 1800.0
-    #: Whether the latest rollout was stopped before its end, and no update followed.
+    #: The latest rollout was stopped before its end, without an update.
     rollout_was_broken_off: bool = False
     _ranks: ProcessGroup = SINGLE_PROCESS
-    #: Whether the model was resumed and has not trained since; then what the next write of the log is to hold.
+    #: The model was resumed and has not trained since; and the values for its next log.
     _resumed: bool = False
     _pending_log: list[dict[str, Any]] | None = None
     #: Rollouts since ``learn`` was called, including those before a resume.
     _iteration: int = 0
     _run_id: str = ""
+
+    #: Attributes that ``repr`` shows after the policy, unless they are None.
+    _repr_attributes: ClassVar[tuple[str, ...]] = ("target_kl", "num_timesteps")
+
+    def __repr__(self) -> str:
+        values = {name: getattr(self, name, None) for name in self._repr_attributes}
+        words = [f"{name}={shown(value)}" for name, value in values.items() if value is not None]
+        policy = getattr(self, "policy_class", None)
+        return f"{type(self).__name__}({', '.join(words if policy is None else [policy.__name__, *words])})"
 
     @functools.cached_property
     def _callback_stream(self) -> CallbackStream:
@@ -79,7 +88,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
     @classmethod
     def algorithm(cls) -> str:
         """
-        Return the name of the algorithm: that of the class in this package that a user's own derives from.
+        Return the name of the algorithm: for a user's subclass, that of its base class in this package.
 
         :return: the name
         """
@@ -96,11 +105,11 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         """
         Save the model, and the statistics of its ``VecNormalize``, in SB3's format.
 
-        An older file of that name is there until the new one is complete, and stays if anything goes wrong.
+        An existing file is replaced only when the new one is complete.
 
-        :param path: file, to which ``.zip`` is added if it has no ending, or file object
+        :param path: file, or file object; ``.zip`` is added to a name without a suffix
         :param exclude: further attributes to leave out
-        :param include: attributes to save although they usually are not
+        :param include: attributes to save that are left out by default
         :raises PicklingError: an attribute cannot be saved; names it
         :raises OSError: the file cannot be written
         """
@@ -108,11 +117,11 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
 
     def save_checkpoint(self, path: str | pathlib.Path) -> None:
         """
-        Save all that :meth:`resume` needs to continue as if there had been no interruption. :meth:`load` reads it as well.
+        Save everything that :meth:`resume` needs to continue exactly. :meth:`load` reads the file as well.
 
         Call it between two updates, as ``CheckpointCallback`` does.
 
-        :param path: file, to which ``.zip`` is added if it has no ending
+        :param path: path; ``.zip`` is added to a name without a suffix
         :raises PicklingError: an attribute cannot be saved; names it
         :raises OSError: the file cannot be written
         """
@@ -135,22 +144,22 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         """
         Load a model that this class, or sb3-contrib's TRPO, has saved. The global random generators stay as they are.
 
-        Nothing in the file is run: an entry that asks for more than SB3's own classes and plain data is refused. A model of
-        sb3-contrib keeps its parameters and optimizer state. Its ``target_kl`` and ``cg_damping`` refer to a KL averaged over
-        action dimensions; they are multiplied by the number of dimensions, with a warning that says so.
+        No code in the file is run: entries other than SB3's classes and plain data are refused. A model of sb3-contrib keeps
+        its parameters and optimizer state. Its ``target_kl`` and ``cg_damping`` refer to a KL averaged over action dimensions;
+        they are multiplied by the number of dimensions, with a warning.
 
         :param path: file, with or without ``.zip``, or file object
-        :param env: environment to go on with, or its registered name; None if predictions are all that is needed
+        :param env: environment to continue with, or its registered name; None to predict only
         :param device: device of the networks
         :param custom_objects: attribute name ↦ object to use instead of the saved one
         :param print_system_info: print the versions that saved the file, and the present ones
-        :param force_reset: reset the environment before training goes on
-        :param trust: read a file with entries of any class, which may run code of the file's author, and use its
+        :param force_reset: reset the environment before training continues
+        :param trust: allow entries of any class, which may run code of the file's author, and use its
             ``tensorboard_log``
-        :param allow_non_finite: load parameters that hold a NaN or an infinity
+        :param allow_non_finite: load parameters with a NaN or an infinity
         :param kwargs: attributes to change, by name
         :return: the model
-        :raises UntrustedFileError: reading an entry may run code; names the entry, and what it asks for
+        :raises UntrustedFileError: reading an entry may run code; names the entry
         :raises CorruptCheckpointError: the file is damaged; names the damaged member
         :raises NonFiniteError: a parameter is not finite
         :raises TypeError: there is no attribute of a name in ``kwargs``
@@ -172,10 +181,10 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
 
     def _loaded(self, names: set[str], keep: set[str]) -> None:
         """
-        Change what has to be changed in a model that was just loaded.
+        Adapt a model that was just loaded.
 
         :param names: names of the attributes in the file
-        :param keep: names of those that the user has given
+        :param keep: names of the attributes that the user gave
         """
 
     @classmethod
@@ -189,20 +198,20 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         trust: bool = False,
     ) -> SelfResumable:
         """
-        Continue from a checkpoint as if there had been no interruption.
+        Continue exactly from a checkpoint.
 
         This restores the parameters, the optimizer, schedules and their horizon, counters, episode statistics, pending log
         values, wrappers such as ``VecNormalize``, all random generators, and the environments' inner state. Continue with
         ``model.learn(model.remaining_timesteps, reset_num_timesteps=False)``.
 
         :param path: file of :meth:`save_checkpoint`
-        :param env: environment made as the first one was, or its registered name
+        :param env: environment made like the first one, or its registered name
         :param device: device of the networks
         :param custom_objects: attribute name ↦ object to use instead of the saved one, for schedules that are functions
-        :param trust: read a file with entries of any class, which may run code of the file's author
+        :param trust: allow entries of any class, which may run code of the file's author
         :return: the model
         :raises CorruptCheckpointError: the file is damaged; names the damaged member
-        :raises UsageError: the file is a model, and no checkpoint
+        :raises UsageError: the file is a model, not a checkpoint
         :raises UntrustedFileError: reading an entry may run code
         :raises MismatchError: the environment differs from the one of the checkpoint
         """
@@ -295,7 +304,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         return result
 
     def _start_counting(self, reset_num_timesteps: bool) -> None:
-        """Count rollouts from 0, as each call of SB3's ``learn`` does, except for the first one after a resume."""
+        """Count rollouts from 0 in each call of ``learn``, as SB3 does, except in the first one after a resume."""
         if reset_num_timesteps or not self._resumed:
             self._iteration = 0
         elif self._pending_log is not None:
@@ -324,7 +333,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         """
         Return a signal to stop, if any process has received one.
 
-        :param number: the signal that this process has received, if any
-        :return: one of those received
+        :param number: the signal that this process received, or None
+        :return: one of the received signals, or None
         """
         return int(self._ranks.max(th.tensor(number or 0))) or None

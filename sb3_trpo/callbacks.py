@@ -14,12 +14,11 @@ from sb3_trpo.saving.signals import catch_signals, exit_status, received_signal,
 
 class CheckpointCallback(BaseCallback):
     """
-    Write checkpoints between updates, from which a training resumes exactly.
+    Write checkpoints between updates, from which training resumes exactly.
 
     :param folder: folder for the files, ``<name_prefix>_<environment steps>_steps.zip``
     :param save_freq: environment steps (over all environments) between two checkpoints; one more is written at the end
-    :param keep_last: keep this many checkpoints of the training run, the newest, and delete its older ones; None for all.
-        Files of other runs are never deleted
+    :param keep_last: number of newest checkpoints of this run to keep; None for all. Files of other runs are never deleted
     :param name_prefix: start of the file names
     :param handle_signals: on SIGINT or SIGTERM finish the rollout and its update, write a checkpoint and exit with status
         130 or 143; a second signal exits at once
@@ -117,7 +116,7 @@ def latest_checkpoint(folder: str | pathlib.Path, name_prefix: str = "checkpoint
 
     :param folder: the folder; it need not exist
     :param name_prefix: as for :class:`CheckpointCallback`
-    :return: the file that was written last; None if there is none
+    :return: the file written last, or None
     :raises ValueError: an argument is not allowed
     """
     return next(reversed(checkpoints(folder, name_prefix)), None)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from sb3_trpo.arguments import Rule
 from sb3_trpo.errors import did_you_mean
 
-#: Arguments of other algorithms and libraries, and what plays their part here.
+#: Arguments of other algorithms and libraries, and their counterparts here.
 FOREIGN_ARGUMENTS = {
     **dict.fromkeys(("max_kl", "kl_target", "max_kl_step", "max_kl_div", "delta"), "use target_kl"),
     **dict.fromkeys(
@@ -76,7 +76,7 @@ def checked(constructor: Constructor) -> Constructor:
             names = complete.bind_partial(self, *args, **known).arguments.keys() - {"self"}
         except TypeError as error:  # a missing argument, or too many
             raise TypeError(f"{type(self).__name__}(): {error}") from None
-        # The outermost constructor of a derived class is the one that the caller sees.
+        # The outermost constructor of a subclass runs first: its arguments are the caller's.
         vars(self).setdefault("_given_arguments", frozenset(names))
         for name, value in given.arguments.items():
             if name in rules:
@@ -88,11 +88,11 @@ def checked(constructor: Constructor) -> Constructor:
 
 def takes_arguments_of(base: Callable[..., None], *, without: Iterable[str] = ()) -> Callable[[Constructor], Constructor]:
     """
-    Show the full signature of a constructor that hands its ``**kwargs`` on to another one.
+    Show the full signature of a constructor that passes its ``**kwargs`` to another one.
 
-    :param base: the constructor that gets them
-    :param without: arguments that it does not get
-    :return: decorator that completes the signature that ``help()`` and ``inspect`` show
+    :param base: the constructor that receives them
+    :param without: arguments that it does not receive
+    :return: decorator that completes the signature for ``help()`` and ``inspect``
     """
     without = frozenset(without)
 
@@ -118,7 +118,7 @@ def argument_hint(name: str, names: Iterable[str]) -> str:
 
     :param name: the unknown name
     :param names: the known names
-    :return: ``"; did you mean 'this'?"``, what plays its part here, or nothing
+    :return: ``"; did you mean 'this'?"``, its counterpart here, or an empty string
     """
     if name.lower() in FOREIGN_ARGUMENTS:
         return f": {FOREIGN_ARGUMENTS[name.lower()]}"

@@ -1,4 +1,4 @@
-"""The package's exceptions, and what error messages and warnings have in common."""
+"""Exceptions, and helpers for error messages and warnings."""
 
 import difflib
 import io
@@ -40,10 +40,10 @@ def name_of(source: Source) -> str:
 
 def short(value: object, limit: int = 300) -> str:
     """
-    Describe an error or a value of a file in few words; what is in a file may be of any length.
+    Describe an error or a value from a file briefly; it may have any length.
 
     :param value: an error, or a value
-    :param limit: most characters
+    :param limit: maximum number of characters
     :return: the text of an error, the ``repr`` of a number or text, the type of anything else
     """
     if isinstance(value, BaseException):
@@ -62,7 +62,7 @@ class CorruptCheckpointError(ValueError):
     A saved file is damaged or incomplete.
 
     :param path: the file
-    :param member: the damaged or missing part of it; None for the file as a whole
+    :param member: the damaged or missing part; None for the whole file
     :param reason: what is wrong
     """
 
@@ -78,8 +78,8 @@ class UntrustedFileError(ValueError):
     Reading a saved file would run code that is not known to be safe. Nothing was run.
 
     :param path: the file
-    :param entry: the entry that requires it
-    :param what: the global that it names, or a description
+    :param entry: the entry that would run it
+    :param what: the global that the entry names, or a description
     :param remedy: what the user can do
     """
 
@@ -134,7 +134,7 @@ class _ArgumentAssertionError(ValueError, AssertionError):
 
 def argument_error(message: str, error: Exception) -> ValueError:
     """
-    Make a ValueError that is also of the type that SB3 raises for the argument, which its users may catch.
+    Return a ValueError that is also of the type that SB3 raises for the argument.
 
     :param message: the argument, its value and what is allowed
     :param error: SB3's error
@@ -155,7 +155,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
     :param name: the unknown name
     :param names: the known ones
-    :return: ``"; did you mean 'this'?"``, or nothing
+    :return: ``"; did you mean 'this'?"``, or an empty string
     """
     matches = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""

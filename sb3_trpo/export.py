@@ -1,4 +1,4 @@
-"""Export a trained policy as an ONNX file, which runs without Python, SB3 and torch and holds no pickle."""
+"""Export a trained policy as an ONNX file, which needs neither Python, SB3 nor torch, and contains no pickle."""
 
 import importlib
 import pathlib
@@ -23,8 +23,8 @@ def export_onnx(model: ResumableAlgorithm, path: str | pathlib.Path) -> None:
     """
     Write the deterministic policy as an ONNX file.
 
-    Its inputs are raw observations in batches: ``observation``, or the keys of a Dict space. The statistics of the model's
-    ``VecNormalize``, if it has one, are part of the file. Its output ``action`` is what ``predict`` gives, within the bounds.
+    The inputs are batches of raw observations: ``observation``, or the keys of a Dict space. The file includes the statistics
+    of the model's ``VecNormalize``, if it has one. The output ``action`` equals that of ``predict``, within the bounds.
 
     :param model: the model
     :param path: the file
@@ -46,7 +46,7 @@ def export_onnx(model: ResumableAlgorithm, path: str | pathlib.Path) -> None:
     space = model.observation_space
     names = list(space.spaces) if isinstance(space, spaces.Dict) else ["observation"]
     samples = [space[name].sample() for name in names] if isinstance(space, spaces.Dict) else [space.sample()]
-    # A batch of one would be taken for the batch of all.
+    # With a batch of one, torch would fix the batch size.
     example = tuple(th.as_tensor(np.stack([sample, sample]), device=policy.device) for sample in samples)
     batch = th.export.Dim("batch")
     with tempfile.TemporaryDirectory() as folder, without_validation():
@@ -69,7 +69,7 @@ def export_onnx(model: ResumableAlgorithm, path: str | pathlib.Path) -> None:
 
 
 class _Deterministic(nn.Module):
-    """Observations ↦ what ``predict(..., deterministic=True)`` returns for them."""
+    """Map observations to the actions of ``predict(..., deterministic=True)``."""
 
     def __init__(self, policy: ActorCriticPolicy, normalizer: VecNormalize | None, names: list[str]) -> None:
         super().__init__()

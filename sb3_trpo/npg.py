@@ -51,6 +51,7 @@ class NPG(TRPO):
         self.actor_step_size = actor_step_size
         super().__init__(policy, env, learning_rate, n_steps, **kwargs)
 
+    _repr_attributes = ("actor_step_size", *TRPO._repr_attributes)
     argument_rules: ClassVar[dict[str, Rule]] = {**TRPO.argument_rules, **rules_of(__init__)}
 
     def _unused_arguments(self) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""The policies by their SB3 names, and what the update asks of any actor-critic policy."""
+"""SB3's policies by name, with bounded actions and custom distributions."""
 
 from typing import Any
 
@@ -23,14 +23,14 @@ class MlpPolicy(BoundedActionPolicy):
 
 class CnnPolicy(BoundedActionPolicy, ActorCriticCnnPolicy):
     """
-    SB3's CNN policy, with a features extractor each for actor and critic unless told otherwise.
+    SB3's CNN policy, with separate features extractors for actor and critic by default.
 
-    TRPO's critic must not move the policy, so it cannot train a shared extractor: it would have to read the values off
+    TRPO's critic must not move the policy, so it cannot train a shared extractor: it would compute values from
     features that only the policy objective shapes.
 
     :param args: as SB3's ``ActorCriticCnnPolicy``
     :param kwargs: as SB3's ``ActorCriticCnnPolicy``, and those of :class:`~sb3_trpo.actions.BoundedActionPolicy`;
-        ``share_features_extractor=True`` saves the critic's own extractor, at the price above
+        ``share_features_extractor=True`` shares one extractor, which only the policy trains
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -40,7 +40,7 @@ class CnnPolicy(BoundedActionPolicy, ActorCriticCnnPolicy):
 
 class MultiInputPolicy(BoundedActionPolicy, MultiInputActorCriticPolicy):
     """
-    SB3's policy for Dict observations, with a features extractor each for actor and critic unless told otherwise.
+    SB3's policy for Dict observations, with separate features extractors for actor and critic by default.
 
     :param args: as SB3's ``MultiInputActorCriticPolicy``
     :param kwargs: as SB3's ``MultiInputActorCriticPolicy``, and those of
@@ -54,7 +54,7 @@ class MultiInputPolicy(BoundedActionPolicy, MultiInputActorCriticPolicy):
 
 def has_images(space: spaces.Space[Any]) -> bool:
     """
-    Whether observations are images, or dictionaries with images.
+    Return True if observations are images, or dictionaries with images.
 
     :param space: observation space
     :return: True if SB3 treats any of it as an image

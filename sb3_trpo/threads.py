@@ -8,15 +8,15 @@ from typing import NamedTuple
 import torch as th
 from torch import nn
 
-#: Environment variables by which a user, or ``torchrun``, sets the number.
+#: Environment variables with which a user, or ``torchrun``, sets the number.
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def default_threads(current: int, n_cpus: int) -> int | None:
     """
-    Recognize torch's own choice, which is the number of logical or of physical cores.
+    Recognize torch's default, the number of logical or physical cores.
 
-    :param current: the number now
+    :param current: current number of threads
     :param n_cpus: logical cores that this process may use
     :return: ``current``, or None if the user must have set it
     """
@@ -24,7 +24,7 @@ def default_threads(current: int, n_cpus: int) -> int | None:
 
 
 _N_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-#: What torch reports before anyone calls ``torch.set_num_threads``; None if that was before this import.
+#: Torch's default; None if ``torch.set_num_threads`` was called before this import.
 _DEFAULT = default_threads(th.get_num_threads(), _N_CPUS)
 
 
@@ -48,9 +48,9 @@ def choose_threads(policy: nn.Module, environ: Mapping[str, str] = os.environ) -
     """
     Choose the number of threads for training a policy.
 
-    Small layers take less time than the threads take to wait for one another; on a busy machine two threads were four to
-    ten times slower than one (``benchmarks/threads.py``). Convolutions keep torch's number. A number that the user has set,
-    by an environment variable or by ``torch.set_num_threads``, is kept.
+    With small layers, threads spend more time waiting for one another than computing; on a busy machine two threads were four
+    to ten times slower than one (``benchmarks/threads.py``). Policies with convolutions use torch's number. A number that the
+    user has set, by an environment variable or ``torch.set_num_threads``, is kept.
 
     :param policy: the policy to train
     :param environ: environment variables

@@ -15,7 +15,7 @@ from sb3_trpo import __version__
 from sb3_trpo.errors import UsageError
 
 with_zoo = pytest.mark.skipif(find_spec("rl_zoo3") is None, reason="needs the extra [zoo]")
-TINY = ["--hyperparams", "n_envs:1", "n_steps:32", "batch_size:32"]
+TINY = ["--hyperparams", "n_envs:1", "n_steps:32"]
 
 Run = Callable[..., tuple[int, str, str]]
 

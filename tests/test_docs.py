@@ -1,10 +1,11 @@
 """
-Run every Python block of README and docs, as it stands on the page.
+Run every Python block of README and docs, and every cell of the notebooks, as they stand.
 
 ``<!-- continues -->`` before a block runs it after the block above, with its variables; ``<!-- needs package ... -->`` skips a
 block where a package is not installed.
 """
 
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- (continues|needs) ?([\w ]*)-->\s*\Z")
@@ -67,6 +69,19 @@ def test_docs_example_runs(blocks: list[Block], tmp_path: Path, monkeypatch: pyt
     for block in blocks:
         # Line numbers of a traceback are those of the page.
         exec(compile("\n" * (block.line - 1) + block.code, str(block.path), "exec"), names)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.name for path in NOTEBOOKS])
+def test_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    names = {"__name__": "__main__"}
+    for number, cell in enumerate(code, start=1):
+        exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), names)
+    assert code
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))  # its outputs are of one run
 
 
 def test_docs_have_no_unknown_marks() -> None:

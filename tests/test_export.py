@@ -49,7 +49,7 @@ def train(name: str, normalize: bool) -> TRPO:
     if normalize:
         env = VecNormalize(env, norm_obs_keys=["place"] if name == "dict" else None, clip_obs=1.5)
     policy = POLICIES.get(name, "MlpPolicy")
-    return TRPO(policy, env, n_steps=16, batch_size=16, seed=0, device="cpu", **kwargs).learn(32)
+    return TRPO(policy, env, n_steps=16, seed=0, device="cpu", **kwargs).learn(32)
 
 
 @pytest.mark.parametrize(

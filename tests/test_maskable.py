@@ -21,6 +21,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from support.arguments import effective
 from support.models import policy_model
 from torch import nn
 
@@ -189,7 +190,7 @@ def make_model(action: str, observation_space: spaces.Space = VECTOR, **changes:
         "device": "cpu",
         **changes,
     }
-    return MaskableTRPO(env=env, **arguments)
+    return MaskableTRPO(env=env, **effective(arguments))
 
 
 def assert_close(actual: th.Tensor, expected: th.Tensor, tolerance: float = 1e-10) -> None:
@@ -380,14 +381,14 @@ class TestCollecting:
         assert model.last_update.kl_divergence_loss.last > 0.0
 
     def test_masking_without_masks_is_refused(self):
-        model = MaskableTRPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu")
+        model = MaskableTRPO("MlpPolicy", "CartPole-v1", n_steps=8, device="cpu")
         with pytest.raises(ValueError, match=r"use_masking=True is not allowed with this environment: .* ActionMasker"):
             model.learn(8)
         assert model.learn(8, use_masking=False).num_timesteps == 8
 
     def test_masks_come_through_wrappers(self):
         env = VecNormalize(DummyVecEnv([make_wrapped] * 2))
-        model = MaskableTRPO("MlpPolicy", env, n_steps=16, batch_size=8, seed=0, device="cpu").learn(64)
+        model = MaskableTRPO("MlpPolicy", env, n_steps=16, seed=0, device="cpu").learn(64)
         assert not model.rollout_buffer.action_masks.all()
 
 
@@ -447,7 +448,7 @@ class TestUpdate:
     @pytest.mark.parametrize("action", ACTIONS)
     def test_the_logged_kl_is_that_of_the_valid_choices_and_at_most_target_kl(self, action, arguments):
         arguments = {"n_steps": N_STEPS, "batch_size": N_ENVS, "seed": 0, "device": "cpu", **arguments}
-        model = Watched("MlpPolicy", make_env(action), **arguments).learn(3 * N_STEPS * N_ENVS)
+        model = Watched("MlpPolicy", make_env(action), **effective(arguments)).learn(3 * N_STEPS * N_ENVS)
         assert len(model.kls) == 3
         for kl, log in zip(model.kls, model.logs, strict=True):
             assert log["train/kl_divergence_loss"] == pytest.approx(kl, rel=2e-3, abs=2e-6)
@@ -464,7 +465,7 @@ class TestUpdate:
         assert not make_model("discrete", observation_space).policy.share_features_extractor
 
     def test_a_state_with_one_valid_action_has_no_say(self):
-        model = make_model("discrete", env=DummyVecEnv([lambda: Monitor(OneWay())] * 2), n_steps=16, batch_size=16)
+        model = make_model("discrete", env=DummyVecEnv([lambda: Monitor(OneWay())] * 2), n_steps=16)
         before = flatten(model.policy.action_net.parameters()).detach().clone()
         model.learn(32)
         assert th.equal(flatten(model.policy.action_net.parameters()).detach(), before)

@@ -13,6 +13,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
+from support.arguments import effective
 from torch import nn
 
 from sb3_trpo import NPG, TRPO
@@ -69,7 +70,7 @@ def hooked(algorithm: type[Any]) -> type[Any]:
 
 def make(algorithm: type[Any] = NPG, action: str = "box", policy: Any = "MlpPolicy", hook: Any = None, **kwargs: Any) -> Any:
     defaults = {"n_steps": N_STEPS, "batch_size": 16, "seed": 0, "device": "cpu"}
-    model = hooked(algorithm)(policy, Noise(SPACES[action]), **(defaults | kwargs))
+    model = hooked(algorithm)(policy, Noise(SPACES[action]), **effective(defaults | kwargs))
     if hook is not None:
         model.before_train = hook
     return model
@@ -323,3 +324,8 @@ def test_statistics_of_batch_norm_move_once_an_update() -> None:
     norm = model.policy.mlp_extractor.policy_net[1]
     assert float(norm.running_mean.abs().sum()) > 0.0
     assert int(norm.num_batches_tracked) == 2
+
+
+def test_repr_names_the_step_size_if_there_is_one() -> None:
+    assert repr(make(actor_step_size=0.1)) == "Hooked(MlpPolicy, actor_step_size=0.1, target_kl=0.05, num_timesteps=0)"
+    assert repr(make()) == "Hooked(MlpPolicy, target_kl=0.05, num_timesteps=0)"

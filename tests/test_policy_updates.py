@@ -76,7 +76,7 @@ def test_the_kl_logged_is_from_the_policy_that_collected_and_within_the_bound(na
             kls.append(joint_kl(before, distributions(self), 64))
 
     env = ScriptedEnv(lambda step, action: float(np.mean(action)) * np.sin(step), action_space=CASES[name][0])
-    arguments = {"n_steps": 64, "batch_size": 16, "target_kl": TARGET_KL, "seed": 0, "device": "cpu"}
+    arguments = {"n_steps": 64, "target_kl": TARGET_KL, "seed": 0, "device": "cpu"}
     model = Measured("MlpPolicy", env, **arguments, **split, **CASES[name][1])
     model.learn(4 * 64)
 

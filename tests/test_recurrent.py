@@ -19,6 +19,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from support.arguments import effective
 from support.models import policy_model
 from torch import nn
 
@@ -111,7 +112,7 @@ def make_model(
         seed=0,
         device="cpu",
         policy_kwargs=policy_kwargs,
-        **arguments,
+        **effective(arguments),
     )
     with th.no_grad():  # outputs that differ from state to state
         for parameter in model.policy.parameters():
@@ -814,7 +815,6 @@ class TestWithoutCudnn:
             arguments.get("policy", "MlpLstmPolicy"),
             make_env(observation_space, action_space),
             n_steps=N_STEPS,
-            batch_size=N_ENVS,
             device="cuda",
             policy_kwargs=more,
         )

@@ -11,6 +11,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from support.arguments import effective
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Independent, Normal
 
@@ -295,7 +296,7 @@ def test_return_scaling_is_theirs(critic_method: str, monkeypatch: pytest.Monkey
     env = make_vec_env(Swing, n_envs, seed=0)
     settings = {"return_scaling": True, "gamma": 0.9, "gae_lambda": 0.8, "batch_size": 20, "critic_method": critic_method}
     transitions = Transitions()
-    model = Compared("MlpPolicy", env, n_steps=n_steps, seed=0, device="cpu", **settings)
+    model = Compared("MlpPolicy", env, n_steps=n_steps, seed=0, device="cpu", **effective(settings))
     model.learn(4 * n_envs * n_steps, callback=transitions)
 
     assert len(targets) == len(scales) == 4

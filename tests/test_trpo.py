@@ -22,7 +22,9 @@ from stable_baselines3.common.envs import IdentityEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
+from support.arguments import effective
 from torch import nn
 
 from sb3_trpo import TRPO
@@ -75,7 +77,7 @@ def make(
     env: Any = None, policy: Any = "MlpPolicy", *, before_train: Callable[[HookedTRPO], None] | None = None, **kwargs: Any
 ) -> HookedTRPO:
     defaults = {"n_steps": N_STEPS, "batch_size": 16, "n_critic_updates": 2, "seed": 0, "device": "cpu"}
-    model = HookedTRPO(policy, ScriptedEnv() if env is None else env, **(defaults | kwargs))
+    model = HookedTRPO(policy, ScriptedEnv() if env is None else env, **effective(defaults | kwargs))
     if before_train is not None:
         model.before_train = before_train
     return model
@@ -120,7 +122,7 @@ def test_every_key_of_sb3_contrib_and_our_own_are_logged() -> None:
 
 
 def test_logged_numbers_describe_the_update() -> None:
-    model = make(n_steps=256, batch_size=64)
+    model = make(n_steps=256)
     model.learn(2 * 256)
 
     for n_updates, log in enumerate(model.logs, start=1):
@@ -293,7 +295,9 @@ SMALL_CNN = {"features_extractor_kwargs": {"features_dim": 8}}
 def test_the_critic_learns_and_never_moves_the_policy(policy: str, policy_kwargs: dict[str, Any]) -> None:
     def update(**kwargs: Any) -> HookedTRPO:
         env = ScriptedEnv(observation_space=VECTOR if policy == "MlpPolicy" else IMAGE)
-        return make(env, policy, policy_kwargs=policy_kwargs, **kwargs).learn(N_STEPS)
+        minibatch_only = () if kwargs["critic_method"] == "minibatch" else HEAVY_SGD
+        own = {name: value for name, value in policy_kwargs.items() if name not in minibatch_only}
+        return make(env, policy, policy_kwargs=own, **kwargs).learn(N_STEPS)
 
     unfitted = update(critic_method="minibatch", learning_rate=0.0)
     assert same(critic_of(unfitted), unfitted.critic_before)
@@ -544,7 +548,7 @@ def test_callbacks_evaluate_save_and_stop(tmp_path: Path) -> None:
         verbose=0,
     )
     checkpoint = CheckpointCallback(save_freq=N_STEPS, save_path=str(tmp_path), name_prefix="trpo")
-    model = TRPO("MlpPolicy", IdentityEnv(2), n_steps=N_STEPS, batch_size=16, seed=0, device="cpu")
+    model = TRPO("MlpPolicy", IdentityEnv(2), n_steps=N_STEPS, seed=0, device="cpu")
     model.learn(100 * N_STEPS, callback=[checkpoint, evaluate])
 
     assert model.num_timesteps == 2 * N_STEPS
@@ -582,3 +586,18 @@ def test_environments_in_processes_give_the_same_run_as_in_one() -> None:
         env.close()
 
     assert same(*parameters)
+
+
+# ---- repr
+
+
+def test_repr_names_algorithm_policy_and_trust_region() -> None:
+    model = make(target_kl=0.02)
+    assert repr(model) == "HookedTRPO(MlpPolicy, target_kl=0.02, num_timesteps=0)"
+    assert repr(model.learn(N_STEPS)) == f"HookedTRPO(MlpPolicy, target_kl=0.02, num_timesteps={N_STEPS})"
+    model.target_kl = LinearSchedule(0.05, 0.0, 1.0)
+    assert "target_kl=LinearSchedule(start=0.05, end=0.0, end_fraction=1.0)" in repr(model)
+
+
+def test_repr_of_an_unfinished_model_is_possible() -> None:
+    assert repr(TRPO.__new__(TRPO)) == "TRPO()"

@@ -114,7 +114,8 @@ def test_every_argument_is_kept_under_its_name() -> None:
         "line_search_accept_ratio": 0.1,
         "return_scaling": True,
     }
-    model = TRPO("MlpPolicy", IdentityEnv(2), device="cpu", **arguments)
+    with pytest.warns(UserWarning, match="no effect with critic_method='minibatch': critic_damping, n_critic_steps"):
+        model = TRPO("MlpPolicy", IdentityEnv(2), device="cpu", **arguments)
 
     assert {name: getattr(model, name) for name in arguments} == arguments
 
@@ -133,10 +134,11 @@ def test_a_bad_argument_is_refused_before_an_environment_is_made(name: str, valu
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"gamma": 0, "gae_lambda": 0, "cg_damping": 0, "cg_residual_tol": 0, "learning_rate": 0},
+        {"gamma": 0, "gae_lambda": 0, "cg_damping": 0, "cg_residual_tol": 0},
         {"gamma": 1, "gae_lambda": 1.0},
-        {"n_steps": np.int64(8), "batch_size": np.int32(4), "target_kl": np.float64(0.01), "gamma": np.float32(0.9)},
-        {"cg_max_steps": 1, "line_search_max_iter": 1, "n_critic_updates": 1, "line_search_shrinking_factor": 1e-3},
+        {"n_steps": np.int64(8), "target_kl": np.float64(0.01), "gamma": np.float32(0.9)},
+        {"critic_method": "minibatch", "batch_size": np.int32(4), "n_critic_updates": 1, "learning_rate": 0},
+        {"cg_max_steps": 1, "line_search_max_iter": 1, "line_search_shrinking_factor": 1e-3},
         {"n_critic_steps": 1, "max_batch_size": 1},
         {"sub_sampling_factor": 8},
         {"ent_coef": 0, "n_policy_updates": 1, "policy_batch_size": 8, "line_search_accept_ratio": 0},
@@ -145,7 +147,7 @@ def test_a_bad_argument_is_refused_before_an_environment_is_made(name: str, valu
     ],
 )
 def test_limits_and_numpy_numbers_are_allowed(arguments: dict[str, Any]) -> None:
-    model = TRPO("MlpPolicy", IdentityEnv(2), seed=0, device="cpu", **({"n_steps": 8, "batch_size": 4} | arguments)).learn(16)
+    model = TRPO("MlpPolicy", IdentityEnv(2), seed=0, device="cpu", **({"n_steps": 8} | arguments)).learn(16)
 
     assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
 
@@ -231,11 +233,13 @@ def test_schedule_of_the_learning_rate_is_checked_at_use_by_the_minibatch_critic
         return NAN if 0.0 < progress_remaining < 1.0 else 0.01
 
     def make(**kwargs: Any) -> TRPO:
-        return TRPO("MlpPolicy", IdentityEnv(2), learning_rate, n_steps=8, batch_size=8, device="cpu", **kwargs)
+        return TRPO("MlpPolicy", IdentityEnv(2), learning_rate, n_steps=8, device="cpu", **kwargs)
 
     with pytest.raises(ValueError, match=r"^learning_rate=<function .*it returned nan at progress_remaining=0.5"):
-        make(critic_method="minibatch").learn(16)
-    make().learn(16)
+        make(critic_method="minibatch", batch_size=8).learn(16)
+    with pytest.warns(UserWarning, match="no effect .*: learning_rate"):
+        model = make()
+    model.learn(16)
 
 
 def test_schedule_that_ends_at_zero_is_allowed() -> None:
@@ -299,9 +303,8 @@ def test_arguments_without_effect_are_named_in_load(tmp_path: Path) -> None:
 
 def test_learning_rate_is_logged_where_it_is_used() -> None:
     for critic_method in ("gauss_newton", "minibatch"):
-        model = TRPO(
-            "MlpPolicy", IdentityEnv(2), 0.5, n_steps=8, batch_size=8, device="cpu", critic_method=critic_method
-        ).learn(8)
+        arguments = {} if critic_method == "gauss_newton" else {"learning_rate": 0.5, "batch_size": 8}
+        model = TRPO("MlpPolicy", IdentityEnv(2), n_steps=8, device="cpu", critic_method=critic_method, **arguments).learn(8)
         logged = model.logger.name_to_value.get("train/learning_rate")
         assert logged == (0.5 if critic_method == "minibatch" else None)
 
@@ -375,7 +378,8 @@ def test_subclass_with_a_constructor_of_its_own(tmp_path: Path) -> None:
             self.temperature = temperature
             super().__init__(policy, env, learning_rate, **kwargs)
 
-    model = Mine("MlpPolicy", IdentityEnv(2), n_steps=8, temperature=2.0, device="cpu").learn(8)
+    with pytest.warns(UserWarning, match="no effect .*: learning_rate"):
+        model = Mine("MlpPolicy", IdentityEnv(2), n_steps=8, temperature=2.0, device="cpu").learn(8)
     assert model.temperature == 2.0
     model.save(tmp_path / "mine")
     assert not warnings_of(lambda: Mine.load(tmp_path / "mine", device="cpu"))

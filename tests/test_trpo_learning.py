@@ -9,6 +9,7 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnvMultiBinary, IdentityEnvMultiDiscrete
 from stable_baselines3.common.evaluation import evaluate_policy
+from support.arguments import effective
 
 from sb3_trpo import TRPO
 
@@ -52,7 +53,7 @@ class ReachEnv(gym.Env):
 
 def mean_return_after_learning(env: Any, timesteps: int, policy: str = "MlpPolicy", **kwargs: Any) -> float:
     arguments = {"n_steps": 128, "batch_size": 64, "learning_rate": 3e-3, "seed": 0, "device": "cpu"} | kwargs
-    model = TRPO(policy, make_vec_env(env, n_envs=4, seed=0), **arguments).learn(timesteps)
+    model = TRPO(policy, make_vec_env(env, n_envs=4, seed=0), **effective(arguments)).learn(timesteps)
     mean, _ = evaluate_policy(model, make_vec_env(env, n_envs=10, seed=100), n_eval_episodes=20)
     return float(mean)
 

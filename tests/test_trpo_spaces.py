@@ -155,7 +155,7 @@ def train(observation: str, action: str, **kwargs: Any) -> WatchedTRPO:
     """Two updates on random observations."""
     action_space, action_kwargs, policy_kwargs = ACTIONS[action]
     observation_space, policy, more_policy_kwargs = OBSERVATIONS[observation]
-    arguments: dict[str, Any] = {"n_steps": 8, "batch_size": 4, "n_critic_updates": 1, "seed": 0, "device": "cpu"}
+    arguments: dict[str, Any] = {"n_steps": 8, "seed": 0, "device": "cpu"}
     arguments |= action_kwargs | kwargs
     arguments["policy_kwargs"] = {"net_arch": [8]} | policy_kwargs | more_policy_kwargs
     model = WatchedTRPO(policy, RandomEnv(observation_space, action_space), **arguments)
@@ -249,7 +249,6 @@ def test_batch_norm_statistics_move_inside_the_trust_region_or_not_at_all(
         "MlpPolicy",
         env,
         n_steps=32,
-        batch_size=32,
         target_kl=target_kl,
         line_search_max_iter=1 if target_kl == 1e6 else 10,
         policy_kwargs=kwargs,
@@ -268,7 +267,7 @@ def test_batch_norm_statistics_move_inside_the_trust_region_or_not_at_all(
 
 def test_kl_of_normalised_observations() -> None:
     env = VecNormalize(DummyVecEnv([lambda: RandomEnv(VECTOR, BOX)] * 2))
-    model = WatchedTRPO("MlpPolicy", env, n_steps=16, batch_size=8, seed=0, device="cpu").learn(64)
+    model = WatchedTRPO("MlpPolicy", env, n_steps=16, seed=0, device="cpu").learn(64)
 
     assert_inside_trust_region(model, target_kl=0.05)
     assert max(model.kls) > 0.0
@@ -297,7 +296,7 @@ class BetaByDistribution(ActorCriticPolicy):
 @pytest.mark.parametrize("policy", [BetaByMethod, BetaByDistribution])
 def test_a_distribution_of_the_users_own_trains_inside_the_trust_region(policy: type[ActorCriticPolicy]) -> None:
     env = RandomEnv(VECTOR, spaces.Box(0.0, 1.0, (2,)))
-    model = TRPO(policy, env, n_steps=64, batch_size=32, seed=0, device="cpu").learn(64)
+    model = TRPO(policy, env, n_steps=64, seed=0, device="cpu").learn(64)
 
     log = model.logger.name_to_value
     assert log["train/is_line_search_success"] == 1.0
@@ -305,13 +304,15 @@ def test_a_distribution_of_the_users_own_trains_inside_the_trust_region(policy: 
 
 
 @pytest.mark.parametrize("action", ["box", "gsde", "discrete", "multi_binary"])
-@pytest.mark.parametrize("size", [{"n_steps": 2, "batch_size": 2}, {"n_steps": 2, "batch_size": 1}])
-def test_the_smallest_rollouts_train(action: str, size: dict[str, int]) -> None:
-    assert_inside_trust_region(train("float32", action, **size), target_kl=0.05)
+@pytest.mark.parametrize(
+    "critic", [{}, {"critic_method": "minibatch", "batch_size": 2}, {"critic_method": "minibatch", "batch_size": 1}]
+)
+def test_the_smallest_rollouts_train(action: str, critic: dict[str, Any]) -> None:
+    assert_inside_trust_region(train("float32", action, n_steps=2, **critic), target_kl=0.05)
 
 
 def test_a_rollout_of_one_state_trains_without_normalised_advantages() -> None:
-    model = train("float32", "box", n_steps=1, batch_size=1, normalize_advantage=False)
+    model = train("float32", "box", n_steps=1, normalize_advantage=False)
 
     assert_inside_trust_region(model, target_kl=0.05)
 

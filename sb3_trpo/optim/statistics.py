@@ -1,4 +1,4 @@
-"""What an update did, in figures."""
+"""Statistics of one update."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -9,6 +9,9 @@ import numpy as np
 from sb3_trpo.optim.conjugate_gradient import CGResult
 from sb3_trpo.optim.line_search import Evaluation, LineSearchResult
 
+#: Statistics of a summary that are logged beside its value.
+SPREAD = ("std", "min", "max")
+
 
 class PolicyStep(NamedTuple):
     """
@@ -16,10 +19,10 @@ class PolicyStep(NamedTuple):
 
     :param start: objective and KL before it
     :param gradient_norm: ‖g‖
-    :param solution: its direction s
-    :param length: β, what the direction was multiplied with at most
+    :param solution: direction s, with the solver's status
+    :param length: β, largest multiple of the direction
     :param expected: βgᵀs
-    :param search: how far it went
+    :param search: result of the line search
     """
 
     start: Evaluation
@@ -33,14 +36,14 @@ class PolicyStep(NamedTuple):
 @dataclass(frozen=True)
 class Summary:
     """
-    A figure over the steps, or the minibatches, of an update.
+    One statistic over the steps, or the minibatches, of an update.
 
-    :param mean: their mean
-    :param std: their standard deviation
-    :param min: the smallest
-    :param max: the largest
-    :param last: the last
-    :param count: their number
+    :param mean: mean
+    :param std: standard deviation
+    :param min: smallest value
+    :param max: largest value
+    :param last: last value
+    :param count: number of values
     """
 
     mean: float
@@ -53,15 +56,17 @@ class Summary:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Summary":
         """
-        Summarise.
+        Summarize values.
 
-        :param values: the figure of each step, at least one
-        :return: its summary
+        :param values: one value per step, at least one
+        :return: the summary
         """
         array = np.asarray(values, dtype=np.float64)
+        with np.errstate(invalid="ignore"):  # of infinite values: NaN
+            mean, std = float(array.mean()), float(array.std())
         return cls(
-            mean=float(array.mean()),
-            std=float(array.std()),
+            mean=mean,
+            std=std,
             min=float(array.min()),
             max=float(array.max()),
             last=float(array[-1]),
@@ -69,24 +74,28 @@ class Summary:
         )
 
 
-@dataclass(frozen=True)
+#: Statistics of the whole update, however many steps it takes: the last value counts, not the mean.
+OF_UPDATE = frozenset({"policy_objective", "kl_divergence_loss"})
+
+
+@dataclass(frozen=True, repr=False)
 class UpdateStats:
     """
-    The figures of an update, by the names that they have in the log.
+    Statistics of an update, under their names in the log.
 
-    All but the value loss are over the steps of the policy, one unless ``n_policy_updates`` or ``policy_batch_size`` asks for
+    All but the value loss summarize the policy steps: one step, unless ``n_policy_updates`` or ``policy_batch_size`` asks for
     more.
 
-    :param policy_objective: L(θ) over the whole rollout, after the step
-    :param kl_divergence_loss: mean joint KL from the policy that collected the rollout, in nats, after the step
-    :param step_length: what the direction was multiplied with
-    :param expected_improvement: gᵀ of the step
-    :param actual_improvement: growth of L(θ) by the step
+    :param policy_objective: L(θ) on the whole rollout after the step
+    :param kl_divergence_loss: mean joint KL(π_old ‖ π_θ) on the whole rollout after the step, in nats
+    :param step_length: αʲβ, multiple of the direction s
+    :param expected_improvement: αʲβgᵀs
+    :param actual_improvement: increase of L(θ) by the step
     :param gradient_norm: ‖g‖
-    :param backtracks: points that the line search refused
-    :param cg_iterations: iterations of conjugate gradients
-    :param cg_residual: their relative residual
-    :param value_loss: squared error of the critic, over its minibatches or at the end of its Gauss-Newton steps
+    :param backtracks: points that the line search rejected
+    :param cg_iterations: conjugate gradient iterations
+    :param cg_residual: relative residual of conjugate gradients
+    :param value_loss: squared error of the critic, in its minibatches or after its Gauss-Newton steps
     :param train_seconds: wall-clock time of the update
     """
 
@@ -105,12 +114,12 @@ class UpdateStats:
     @classmethod
     def of(cls, steps: Sequence[PolicyStep], value_losses: Sequence[float], train_seconds: float) -> "UpdateStats":
         """
-        Sum up an update.
+        Summarize an update.
 
-        :param steps: steps of the policy, at least one
+        :param steps: policy steps, at least one
         :param value_losses: losses of the critic, at least one
-        :param train_seconds: wall-clock time
-        :return: the figures
+        :param train_seconds: wall-clock time of the update
+        :return: the statistics
         """
         return cls(
             policy_objective=Summary.of([step.search.point.objective for step in steps]),
@@ -128,6 +137,23 @@ class UpdateStats:
 
     @property
     def summaries(self) -> dict[str, Summary]:
-        """Every figure but the time, by name."""
+        """All statistics but the time, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Summary)}
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """The value of each statistic in the log: its last value if it is one of the whole update, else its mean."""
+        return {name: summary.last if name in OF_UPDATE else summary.mean for name, summary in self.summaries.items()}
+
+    def __repr__(self) -> str:
+        """Return a table: the logged values, and the spread of those that summarize several."""
+        several = any(summary.count > 1 for summary in self.summaries.values())
+        header = "".join(f"{title:>11}" for title in ("value", *SPREAD)) + f"{'count':>7}"
+        lines = [f"{type(self).__name__:<20}{header if several else ''}".rstrip()]
+        for (name, summary), value in zip(self.summaries.items(), self.logged.values(), strict=True):
+            line = f"  {name:<20}{value:>9.3g}"
+            if summary.count > 1:
+                line += "".join(f"{getattr(summary, statistic):>11.3g}" for statistic in SPREAD) + f"{summary.count:>7}"
+            lines.append(line)
+        return "\n".join([*lines, f"  {'train_seconds':<20}{self.train_seconds:>9.3g}"])

@@ -1,4 +1,4 @@
-"""The state of random generators: of those that all of a process shares, and of those in a file."""
+"""Capture and restore the state of random generators: the global ones of the process, and those in a file."""
 
 import pickle
 import random
@@ -15,7 +15,7 @@ BIT_GENERATORS: dict[str, Any] = {
     for kind in (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64)
 }
 N_WORDS = 624  # of the Mersenne twister
-#: The arrays and whole numbers in the ``"state"`` of each: length and type, or the numbers that are allowed.
+#: The arrays and integers in the ``"state"`` of each: length and dtype, or the allowed range.
 INNER_STATES: dict[str, dict[str, Any]] = {
     "PCG64": {"state": range(2**128), "inc": range(2**128)},
     "PCG64DXSM": {"state": range(2**128), "inc": range(2**128)},
@@ -24,7 +24,7 @@ INNER_STATES: dict[str, dict[str, Any]] = {
     "SFC64": {"state": (4, np.uint64)},
 }
 BUFFERED = {"has_uint32": range(2), "uinteger": range(2**32)}
-#: What stands beside it.
+#: The other entries of a state.
 OUTER_STATES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(BIT_GENERATORS, BUFFERED),
     "MT19937": {},
@@ -50,11 +50,11 @@ def _checked(values: Any, allowed: dict[str, Any]) -> dict[str, Any]:
 
 def set_bit_generator_state(generator: Any, state: Any) -> None:
     """
-    Put a checked state into one of NumPy's bit generators, which index outside their buffers with others.
+    Set the state of a NumPy bit generator after checking it: NumPy would index outside its buffers with a damaged one.
 
     :param generator: the bit generator
-    :param state: as its ``state`` gives it, and possibly more
-    :raises UnpicklingError: it is the state of another one, or out of range
+    :param state: a value of its ``state``; further entries are ignored
+    :raises UnpicklingError: the state is of another generator, or out of range
     """
     name = type(generator).__name__
     _check(isinstance(state, dict) and state.get("bit_generator") == name, "it is that of another generator")
@@ -64,11 +64,11 @@ def set_bit_generator_state(generator: Any, state: Any) -> None:
 
 def set_python_state(generator: Any, state: Any) -> None:
     """
-    Put a checked state into one of Python's generators.
+    Set the state of a Python generator after checking it.
 
     :param generator: a ``random.Random``, or the module
-    :param state: as ``getstate`` gives it
-    :raises UnpicklingError: it is damaged
+    :param state: a value of ``getstate``
+    :raises UnpicklingError: the state is damaged
     """
     _check(isinstance(state, tuple) and len(state) == 3 and state[0] == 3, "it is of another version")
     _, words, gauss = state
@@ -80,7 +80,7 @@ def set_python_state(generator: Any, state: Any) -> None:
 
 def random_state() -> dict[str, Any]:
     """
-    The states of Python's, NumPy's and torch's global generators, CUDA's included.
+    Return the states of the global generators of Python, NumPy and torch, including CUDA.
 
     :return: states, by library
     """
@@ -94,10 +94,10 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any]) -> None:
     """
-    Put states back, after checking all of them.
+    Restore the states of the global generators after checking all of them.
 
-    :param state: as :func:`random_state` gives it; states of graphics cards that are not there are left out
-    :raises UnpicklingError: one of them is damaged
+    :param state: a value of :func:`random_state`; states of absent GPUs are ignored
+    :raises UnpicklingError: a state is damaged
     """
     _check(isinstance(state, dict) and state.keys() >= {"python", "numpy", "torch", "cuda"}, "a library's is missing")
     _check_numpy(state["numpy"])
@@ -124,7 +124,7 @@ def _check_numpy(state: Any) -> None:
 @contextmanager
 def unchanged_random_state() -> Iterator[None]:
     """
-    Leave the global generators as they are, whatever is drawn from them inside.
+    Restore the global generators at the end of the block.
 
     :return: context manager
     """

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop at the next update's end."""
+"""SIGINT and SIGTERM as a request to stop after the next update."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ _received: list[int] = []
 
 def catch_signals() -> None:
     """
-    From now on note the first SIGINT or SIGTERM; a second one ends the process at once.
+    Store the first SIGINT or SIGTERM from now on; a second one ends the process at once.
 
-    :raises ValueError: this is not the main thread, where alone Python handles signals
+    :raises ValueError: this is not the main thread; Python handles signals only there
     """
     if not _previous:
         _received.clear()
@@ -22,7 +22,7 @@ def catch_signals() -> None:
 
 
 def release_signals() -> None:
-    """Treat the signals again as before :func:`catch_signals`, if it was called."""
+    """Restore the signal handlers from before :func:`catch_signals`, if it was called."""
     while _previous:
         number, handler = _previous.popitem()
         signal.signal(number, handler)
@@ -30,16 +30,16 @@ def release_signals() -> None:
 
 def received_signal() -> int | None:
     """
-    The signal that asks the process to stop.
+    Return the signal that asked the process to stop.
 
-    :return: its number; None if there was none
+    :return: its number, or None
     """
     return _received[0] if _received else None
 
 
 def exit_status(number: int) -> int:
     """
-    What a process that a signal has stopped reports to its shell.
+    Return the exit status of a process that a signal stopped.
 
     :param number: the signal's number
     :return: 130 for SIGINT, 143 for SIGTERM

@@ -1,4 +1,4 @@
-"""A connection to a worker process whose reads and writes end when the worker does, or its time is up."""
+"""A connection to a worker process whose reads and writes fail when the worker exits or times out."""
 
 import os
 import pickle
@@ -12,22 +12,22 @@ from typing import Any
 
 #: Largest length that fits the short header of a message of :mod:`multiprocessing`.
 SHORT = 0x7FFFFFFF
-#: Whether single reads and writes can be told not to wait; elsewhere (Windows) a message is waited for as a whole.
+#: Single reads and writes need not block; otherwise (Windows) a read waits for the whole message.
 CAN_POLL = hasattr(socket, "MSG_DONTWAIT")
 
 SecondsLeft = Callable[[], float | None]
 
 
 class NoAnswerError(Exception):
-    """The time for an answer is up."""
+    """The worker did not answer in time."""
 
 
 class Channel:
     """
-    Send and receive messages of :mod:`multiprocessing`, in parts, so that a worker may stop or die in the middle of one.
+    Send and receive messages of :mod:`multiprocessing` in parts: a worker may stop or die in the middle of one.
 
-    ``Connection.recv`` waits for the rest of a message for ever: of a stopped worker there is none, and of a killed one no end
-    of file, since with the start method "fork" other workers have inherited its side of the connection.
+    ``Connection.recv`` would wait for the rest of a message forever: a stopped worker sends none, and a killed one causes no
+    end of file, since with the start method "fork" other workers inherited its side of the connection.
 
     :param connection: the connection, a socket as ``Pipe()`` makes it
     :param sentinel: the worker's ``Process.sentinel``
@@ -44,10 +44,10 @@ class Channel:
         Send a message.
 
         :param message: any object that can be pickled
-        :param seconds_left: time until the worker must have taken it; None for no limit
-        :raises NoAnswerError: the time is up
-        :raises EOFError: the worker has ended
-        :raises ConnectionError: the worker has closed the connection
+        :param seconds_left: time for the worker to receive it; None for no limit
+        :raises NoAnswerError: the worker did not answer in time
+        :raises EOFError: the worker exited
+        :raises ConnectionError: the worker closed the connection
         """
         if self._socket is None:
             self._connection.send(message)
@@ -65,11 +65,11 @@ class Channel:
         """
         Receive a message.
 
-        :param seconds_left: time until all of it must be there; None for no limit
+        :param seconds_left: time for the whole message to arrive; None for no limit
         :return: the object that was sent
-        :raises NoAnswerError: the time is up
-        :raises EOFError: the worker has ended
-        :raises ConnectionError: the worker has closed the connection
+        :raises NoAnswerError: the worker did not answer in time
+        :raises EOFError: the worker exited
+        :raises ConnectionError: the worker closed the connection
         """
         if self._socket is None:
             self._wait_to_read(seconds_left)
@@ -111,6 +111,6 @@ class Channel:
             raise EOFError("the worker has ended")
 
     def close(self) -> None:
-        """Close this side of the connection, of which ``Connection.close`` closes the other handle."""
+        """Close this handle of the connection; ``Connection.close`` closes the other one."""
         if self._socket is not None:
             self._socket.close()

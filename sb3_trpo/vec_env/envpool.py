@@ -1,4 +1,4 @@
-"""EnvPool's environments, which run in C++ threads, as a vectorised environment of SB3."""
+"""EnvPool's environments, which run in C++ threads, as a vectorized environment of SB3."""
 
 import difflib
 import importlib
@@ -21,14 +21,14 @@ SEED_LIMIT = 2**31  # EnvPool's seeds are int32
 
 def make_envpool(task_id: str, n_envs: int = 1, seed: int | None = None, num_threads: int = 0, **options: Any) -> VecEnv:
     """
-    Create EnvPool environments for SB3, with episode statistics as by ``Monitor``.
+    Create EnvPool environments for SB3, with the episode statistics of ``Monitor``.
 
     :param task_id: name of the task, one of ``envpool.list_all_envs()``
     :param n_envs: number of environments
-    :param seed: seed of the first environment, the others count on from it; None for a random one
-    :param num_threads: threads that step them; 0 for EnvPool's choice
+    :param seed: seed of the first environment, the others have the next ones; None for a random seed
+    :param num_threads: number of threads; 0 for EnvPool's choice
     :param options: further options of the task, for instance ``max_episode_steps``
-    :return: the vectorised environment
+    :return: the vectorized environment
     :raises ImportError: EnvPool is not installed
     :raises ValueError: EnvPool has no such task, or an argument is not allowed
     """
@@ -36,7 +36,9 @@ def make_envpool(task_id: str, n_envs: int = 1, seed: int | None = None, num_thr
     try:
         envpool = importlib.import_module("envpool")
     except ImportError as error:
-        raise ImportError("make_envpool needs EnvPool; to install it: pip install 'sb3_trpo[envpool]'") from error
+        raise ImportError(
+            "make_envpool needs EnvPool; to install it: pip install '.[envpool]' in a checkout of sb3_trpo"
+        ) from error
     tasks = envpool.list_all_envs()
     if task_id not in tasks:
         close = ", ".join(difflib.get_close_matches(str(task_id), tasks, n=5)) or "none is close"
@@ -49,16 +51,16 @@ def make_envpool(task_id: str, n_envs: int = 1, seed: int | None = None, num_thr
 
 class EnvPoolVecEnv(VecEnv):
     """
-    A pool of EnvPool's as a vectorised environment.
+    An EnvPool pool as a vectorized environment.
 
-    After an episode's end EnvPool spends one step on resetting, ignoring the action and giving reward 0. Here the
-    environments whose episode has ended are reset by themselves at once, so that every step is a transition: a done
-    environment returns the next episode's first observation, and ``terminal_observation`` in its info.
+    After the end of an episode, EnvPool uses one step for the reset, ignores its action and gives reward 0. This class resets
+    finished environments at once, as SB3 does: they return the first observation of the next episode, and
+    ``terminal_observation`` in their info.
 
-    EnvPool takes seeds at its creation only, so a reset after :meth:`seed` creates the pool anew. An episode that ends by
-    itself in the very step of its time limit is reported as truncated: EnvPool does not tell the two apart.
+    EnvPool accepts seeds only when it creates a pool, so a reset after :meth:`seed` creates a new one. An episode that
+    terminates in the step of its time limit is reported as truncated: EnvPool does not distinguish the two.
 
-    :param make_pool: creates the pool, given ``seed``, a list of one int32 for each environment
+    :param make_pool: creates the pool; takes ``seed``, a list with one int32 per environment
     :param spec: the pool's ``EnvSpec``
     :param seed: as in :meth:`seed`
     """
@@ -78,9 +80,9 @@ class EnvPoolVecEnv(VecEnv):
 
     def reset(self) -> VecEnvObs:
         """
-        Begin new episodes in all environments.
+        Start new episodes in all environments.
 
-        :return: their first observations
+        :return: first observations
         """
         if self._seeds[0] is not None:
             self._pool = None  # ends its threads
@@ -94,9 +96,9 @@ class EnvPoolVecEnv(VecEnv):
 
     def step_async(self, actions: np.ndarray) -> None:
         """
-        Let the threads begin the step.
+        Start the step in the threads.
 
-        :param actions: one for each environment
+        :param actions: one per environment
         """
         self._pool.send(actions)
 
@@ -104,7 +106,7 @@ class EnvPoolVecEnv(VecEnv):
         """
         Wait for the threads to finish the step.
 
-        :return: observations, rewards, dones and infos; arrays of their own that later steps do not touch
+        :return: observations, rewards, dones and infos, in arrays that later steps do not change
         """
         observations, rewards, terminated, truncated, info = self._pool.recv()
         arrays = self._arrays(observations)
@@ -117,7 +119,7 @@ class EnvPoolVecEnv(VecEnv):
         return dict_to_obs(self.observation_space, arrays), rewards, dones, infos
 
     def _begin_episodes(self, ended: np.ndarray, arrays: dict[Any, np.ndarray], infos: list[dict[str, Any]]) -> None:
-        """Put the first observations of new episodes in the place of the last ones, and those into the infos."""
+        """Replace the last observations by the first ones of new episodes, and move the last ones into the infos."""
         observations, info = self._pool.reset(ended)
         seconds = round(time.time() - self._start, 6)
         for env, reset_info in zip(ended, _rows(info), strict=True):
@@ -131,7 +133,7 @@ class EnvPoolVecEnv(VecEnv):
         self._lengths[ended] = 0
 
     def _arrays(self, observations: Any) -> dict[Any, np.ndarray]:
-        """Observations by key, None if there is but one, in the data types of the space."""
+        """Return observations by key (None if there is only one), in the dtypes of the space."""
         if isinstance(self.observation_space, spaces.Dict):
             return {key: np.asarray(observations[key], space.dtype) for key, space in self.observation_space.items()}
         return {None: np.asarray(observations, self.observation_space.dtype)}
@@ -142,11 +144,11 @@ class EnvPoolVecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """
-        Get an option of the task.
+        Return an option of the task.
 
-        :param attr_name: its name, for instance ``max_episode_steps``
-        :param indices: which environments; None for all
-        :return: its value, for each environment
+        :param attr_name: name, for instance ``max_episode_steps``
+        :param indices: environments; None for all
+        :return: the value, once per environment
         :raises AttributeError: the task has no such option
         """
         if attr_name not in self._attributes:
@@ -157,7 +159,7 @@ class EnvPoolVecEnv(VecEnv):
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> NoReturn:
         """
-        Impossible.
+        Not supported.
 
         :param attr_name: name
         :param value: value
@@ -168,7 +170,7 @@ class EnvPoolVecEnv(VecEnv):
 
     def env_method(self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any) -> NoReturn:
         """
-        Impossible.
+        Not supported.
 
         :param method_name: name
         :param method_args: arguments
@@ -180,7 +182,7 @@ class EnvPoolVecEnv(VecEnv):
 
     def set_options(self, options: list[dict[str, Any]] | dict[str, Any] | None = None) -> NoReturn:
         """
-        Impossible.
+        Not supported.
 
         :param options: for the next reset
         :raises NotImplementedError: always
@@ -189,17 +191,17 @@ class EnvPoolVecEnv(VecEnv):
 
     def env_is_wrapped(self, wrapper_class: type[Any], indices: VecEnvIndices = None) -> list[bool]:
         """
-        Whether the environments do what a wrapper does.
+        Return True for ``Monitor``, whose episode statistics this class provides.
 
         :param wrapper_class: the wrapper
-        :param indices: which environments; None for all
-        :return: True for ``Monitor``, whose episode statistics are there, and False for others
+        :param indices: environments; None for all
+        :return: True for ``Monitor``, False for others; once per environment
         """
         return [wrapper_class is Monitor for _ in self._get_indices(indices)]
 
 
 def _rows(info: dict[str, Any]) -> list[dict[str, Any]]:
-    """One dictionary for each environment, made from arrays whose first dimension counts them."""
+    """Split arrays along their first dimension into one dictionary per environment."""
     columns = {
         key: array.tolist() if array.ndim == 1 else list(array) for key, array in info.items() if isinstance(array, np.ndarray)
     }

@@ -38,8 +38,8 @@ class WatchedSubprocVecEnv(SubprocVecEnv):
     An error ends all workers. The model is not affected and can be saved.
 
     :param env_fns: functions that make the environments
-    :param start_method: how to start the processes, as in ``SubprocVecEnv``
-    :param timeout: seconds that a worker may take to receive a request and to send its whole answer; None for no limit
+    :param start_method: start method of the processes, as in ``SubprocVecEnv``
+    :param timeout: seconds for a worker to receive a request, and to send its whole answer; None for no limit
     :raises ValueError: ``timeout`` is not positive
     :raises WorkerError: an environment cannot be made
     """
@@ -91,24 +91,24 @@ class WatchedSubprocVecEnv(SubprocVecEnv):
 
     def seconds_left(self) -> float | None:
         """
-        Return the time that a worker still has for its answer.
+        Return the time left for an answer.
 
         :return: seconds; None for no limit
         """
         return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
 
     def start_clock(self) -> None:
-        """Count the time-out from now."""
+        """Restart the time-out."""
         if self._timeout is not None:
             self._deadline = time.monotonic() + self._timeout
 
     @property
     def timeout(self) -> float | None:
-        """Seconds that a worker may take for an answer."""
+        """Seconds for an answer."""
         return self._timeout
 
     def close(self) -> None:
-        """End the workers; those that do not end within the time-out are killed."""
+        """Stop the workers; kill those that do not exit within the time-out."""
         if self.closed:
             return
         if self.waiting:
@@ -177,7 +177,7 @@ def _itself(connection: Connection) -> Connection:
 
 
 class _ReportingMaker:
-    """Make the environment in the worker, which leaves Ctrl-C to the main process."""
+    """Make the environment in the worker; the main process handles Ctrl-C."""
 
     def __init__(self, make: Callable[[], gym.Env[Any, Any]]) -> None:
         self._make = CloudpickleWrapper(make)
@@ -192,7 +192,7 @@ class _ReportingMaker:
 
 class ReportingEnv(gym.Wrapper[Any, Any, Any, Any]):
     """
-    Return the exceptions of an environment as values, which reach the main process.
+    Return the exceptions of an environment as values, to report them in the main process.
 
     :param env: the environment
     """
@@ -223,7 +223,7 @@ class ReportingEnv(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class _FailedEnv(gym.Env[Any, Any]):
-    """Stand-in for an environment that cannot be made; the first request of SB3 to a worker is for its spaces."""
+    """Stand-in for an environment that cannot be made: SB3 requests the spaces of a worker first."""
 
     def __init__(self, failure: Failure) -> None:
         self.observation_space: Any = failure

@@ -40,16 +40,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sb3_trpo benchmark", description="Train and compare algorithms.")
     parser.add_argument("--env", nargs="+", required=True, help="environment ids")
     parser.add_argument("--algo", nargs="+", default=["trpo", "sb3_contrib_trpo", "ppo"], help=f"RL Zoo's, or {TIANSHOU}")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each, from 0; at least 2")
-    parser.add_argument("-n", "--n-timesteps", type=int, help="environment steps (default: as our hyperparameters say)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, at least 2")
+    parser.add_argument("-n", "--n-timesteps", type=int, help="environment steps (default: those of our hyperparameters)")
     parser.add_argument("--n-evaluations", type=int, default=20, help="evaluations per training")
     parser.add_argument("--eval-episodes", type=int, default=10, help="episodes per evaluation")
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count(), help="trainings at a time")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmark"), help="folder for results, logs, pictures")
     parser.add_argument(
-        "--threshold", nargs="+", action=StoreDict, default={}, help="ENV:RETURN, for the time to it (default: Gymnasium's)"
+        "--threshold",
+        nargs="+",
+        action=StoreDict,
+        default={},
+        help="ENV:RETURN for the time to threshold (default: Gymnasium's)",
     )
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: where the machine does other work")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: for a machine that does other work")
     parser.add_argument("--gym-packages", nargs="+", default=[], help="packages that register environments")
     return parser.parse_args(argv)
 
@@ -81,7 +85,7 @@ def check_tianshou(env_ids: Sequence[str]) -> None:
     Check that Tianshou's TRPO can run.
 
     :param env_ids: environment ids
-    :raises UsageError: it is not installed, or an environment has other than Box observations and actions
+    :raises UsageError: it is not installed, or an environment has observations or actions other than Box
     """
     if find_spec("tianshou") is None:
         raise UsageError(f"{TIANSHOU} needs Tianshou: pip install 'tianshou>=2,<2.1'")

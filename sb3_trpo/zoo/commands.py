@@ -1,9 +1,10 @@
-"""What the command line adds to the arguments of RL Zoo's commands, and what it checks before they run."""
+"""Checks and completes the arguments of RL Zoo's commands."""
 
 import argparse
 import importlib
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ DEFAULT_ENV = "CartPole-v1"
 
 def parse_known(arguments: Sequence[str]) -> argparse.Namespace:
     """
-    Read those of RL Zoo's arguments that the functions below need.
+    Parse the arguments that the functions below need.
 
     :param arguments: the command's arguments
     :return: the values; ``env`` and ``exp_id`` are None if not given
@@ -43,7 +44,7 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
 
 def check_names(arguments: list[str]) -> list[str]:
     """
-    Check the names of environment and algorithm, and say which environment is taken if none is given.
+    Check the names of environment and algorithm, and print the default environment if none is given.
 
     :param arguments: the command's arguments
     :return: the arguments
@@ -78,7 +79,7 @@ def show_progress(arguments: list[str]) -> list[str]:
 
 def find_run(arguments: list[str]) -> list[str]:
     """
-    Choose the latest run that has a model: RL Zoo takes the latest folder, which ``optimize`` leaves without one.
+    Choose the latest run with a model: RL Zoo takes the latest folder, which has none after ``optimize``.
 
     :param arguments: the command's arguments
     :return: the arguments, with ``--exp-id`` unless it was given
@@ -101,6 +102,20 @@ def find_run(arguments: list[str]) -> list[str]:
     if not with_model:
         raise UsageError(f"no model of {known.algo} on {env_id} in {folder}: train one first, or name another --folder")
     return [*arguments, "--exp-id", str(with_model[-1])]
+
+
+def quiet_loading(arguments: list[str]) -> list[str]:
+    """
+    Ignore the warnings that RL Zoo causes when it loads a model to play.
+
+    It passes a learning rate to every algorithm, and an environment to models with a log, though neither is used.
+
+    :param arguments: the command's arguments
+    :return: the arguments
+    """
+    for message in (r"no effect with critic_method='gauss_newton': learning_rate$", "the log goes nowhere"):
+        warnings.filterwarnings("ignore", message, UserWarning)
+    return arguments
 
 
 def _model_pattern(known: argparse.Namespace, env_id: str) -> str:

@@ -12,13 +12,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     Run the command.
 
     :param argv: its arguments
-    :raises UsageError: there is no such video
+    :raises UsageError: the video does not exist
     """
     from moviepy import VideoFileClip
 
     parser = argparse.ArgumentParser(prog="sb3_trpo gif", description="Turn a video into an animated GIF beside it.")
-    parser.add_argument("video", type=Path, help="a video, as record-video leaves it in the run's folder videos/")
-    parser.add_argument("--fps", type=int, default=15, help="frames a second")
+    parser.add_argument("video", type=Path, help="a video, for instance from record-video in the run's folder videos/")
+    parser.add_argument("--fps", type=int, default=15, help="frames per second")
     parser.add_argument("--width", type=int, default=320, help="pixels")
     arguments = parser.parse_args(argv)
     if not arguments.video.is_file():

@@ -77,7 +77,7 @@ def lines(path: Path, entry: str) -> dict[str, int]:
     root = loader.get_single_node()
     for key, value in root.value:
         if key.value == entry:
-            loader.flatten_mapping(value)  # merged keys come first, so that the entry's own replace them below
+            loader.flatten_mapping(value)  # merged keys come first, and the entry's own replace them below
             return {node.value: node.start_mark.line + 1 for node, _ in value.value}
     return {}
 
@@ -86,9 +86,9 @@ def check(algorithm: type[BaseAlgorithm], hyperparameters: Mapping[str, Any], pl
     """
     Check names and values before anything is built.
 
-    :param algorithm: the class whose constructor gets them
+    :param algorithm: the class whose constructor receives them
     :param hyperparameters: an entry of a file, with the overrides of the command line
-    :param places: where each of them is written, for the message
+    :param places: where each was given, for the message
     :raises UsageError: a name that neither RL Zoo nor the constructor knows, or a value that is not allowed
     """
     # A constructor with **kwargs passes them on to its base class.
@@ -113,7 +113,7 @@ def is_linear(value: Any) -> bool:
     Recognize RL Zoo's notation for a linear schedule.
 
     :param value: a hyperparameter
-    :return: whether it is ``lin_`` and a number
+    :return: True for ``lin_`` followed by a number
     """
     if not (isinstance(value, str) and value.startswith("lin_")):
         return False

@@ -43,9 +43,9 @@ PANELS = {
 }
 #: Columns that are counts.
 COUNTS = ("cg_iterations", "backtracks")
-#: Legends with more entries would be larger than the plot.
+#: Maximum number of legend entries.
 LEGEND_ENTRIES = 12
-#: Algorithms by the names that people write.
+#: Names of algorithms for legends and tables.
 NAMES = {
     "trpo": "TRPO (sb3_trpo)",
     "npg": "NPG (sb3_trpo)",
@@ -64,9 +64,9 @@ def read_results(path: Path, clock: str = "wall") -> pd.DataFrame:
     Read the results file of ``benchmark``.
 
     :param path: the CSV file
-    :param clock: ``"wall"``, or ``"cpu"`` for seconds of the process alone, where the machine did other work
-    :return: one row for each evaluation
-    :raises UsageError: the file is none, or has no row
+    :param clock: ``"wall"``, or ``"cpu"`` for seconds of the process alone
+    :return: one row per evaluation
+    :raises UsageError: it is not a results file, or has no rows
     """
     try:
         results = pd.read_csv(path)
@@ -85,7 +85,7 @@ def read_episodes(folder: Path) -> pd.DataFrame:
     Read the training episodes of all runs below a folder.
 
     :param folder: where to look for Monitor files
-    :return: one row for each episode: run, environment, steps and seconds of the run until its end, its return
+    :return: one row per episode: run, environment, steps and seconds until its end, return
     """
     frames = []
     for run in sorted({path.parent for path in folder.rglob("*monitor.csv")}):
@@ -103,10 +103,10 @@ def read_episodes(folder: Path) -> pd.DataFrame:
 
 def read_updates(folder: Path) -> pd.DataFrame:
     """
-    Read what our algorithms logged about their updates, of all runs below a folder.
+    Read the logged statistics of updates of all runs below a folder.
 
     :param folder: where to look for TensorBoard logs
-    :return: one row for each update: run, steps, and the columns named in :data:`UPDATE_TAGS`
+    :return: one row per update: run, steps, and the columns of :data:`UPDATE_TAGS`
     """
     frames = []
     for run in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
@@ -141,17 +141,17 @@ def _name(run: Path, folder: Path) -> str:
 
 def algorithm_name(algorithm: str) -> str:
     """
-    Return an algorithm's name as people write it.
+    Return the name of an algorithm for legends and tables.
 
     :param algorithm: its name on the command line
-    :return: the name for a legend
+    :return: the name
     """
     return NAMES.get(algorithm, algorithm.upper())
 
 
 def compare_learning(results: pd.DataFrame) -> Figure:
     """
-    Plot the evaluations of a benchmark: mean return over the seeds with its 95 % bootstrap interval.
+    Plot the evaluations of a benchmark: mean return over the seeds with its 95% bootstrap interval.
 
     :param results: a results file
     :return: a row for each environment, against steps and against seconds (mean over the seeds)
@@ -182,7 +182,7 @@ def compare_learning(results: pd.DataFrame) -> Figure:
     _legend(
         figure,
         [Line2D([], [], color=color, label=name) for name, color in colors.items()],
-        f"mean of {seeds} seeds, 95 % interval",
+        f"mean of {seeds} seeds, 95% interval",
     )
     return figure
 
@@ -284,7 +284,7 @@ def draw_trust_region(updates: pd.DataFrame) -> Figure:
 
 
 def _draw_band(axes: Axes, runs: pd.DataFrame, name: str, color: tuple[float, float, float]) -> None:
-    """Plot one column: the points of a single run, or mean and range over runs."""
+    """Plot one column: points of a single run, or mean and range over runs."""
     updates = runs.groupby("update")
     steps, values = updates["steps"].mean(), updates[name]
     if runs["run"].nunique() == 1:
@@ -302,7 +302,7 @@ def _colors(names: Iterable[Hashable]) -> dict[Hashable, tuple[float, float, flo
 
 
 def _legend(figure: Figure, handles: list[Line2D], title: str | None = None) -> None:
-    """Put a legend below the panels, where it covers nothing."""
+    """Draw a legend below the panels."""
     if len(handles) <= LEGEND_ENTRIES:
         width = max(len(str(handle.get_label())) for handle in handles)
         figure.legend(handles=handles, title=title, loc="outside lower center", ncols=max(1, 90 // (8 + width)), frameon=False)
@@ -313,7 +313,7 @@ def save(figure: Figure, path: Path) -> None:
     Save a figure as PNG and SVG, and print the paths.
 
     :param figure: the picture
-    :param path: without ending
+    :param path: path without suffix
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for ending in (".png", ".svg"):
@@ -324,12 +324,12 @@ def save(figure: Figure, path: Path) -> None:
 
 def plot(path: Path, output: Path | None = None, clock: str = "wall") -> list[Path]:
     """
-    Plot what there is: learning curves from a results file or from Monitor files, the trust region from TensorBoard logs.
+    Plot learning curves from a results file or Monitor files, and the trust region from TensorBoard logs.
 
-    :param path: results file, or a folder with runs below it
-    :param output: folder for the pictures; None for ``path``, or the folder it is in
+    :param path: results file, or folder of runs
+    :param output: folder for the pictures; None for ``path``, or its folder
     :param clock: of a results file, as for :func:`read_results`
-    :return: the pictures, without ending
+    :return: paths of the pictures, without suffix
     :raises UsageError: nothing can be drawn
     """
     if not path.exists():

@@ -26,11 +26,11 @@ ZOO_CONFIGS = Path(rl_zoo3.__file__).parent / "hyperparams"
 
 class Algorithm(NamedTuple):
     """
-    What RL Zoo needs to know about an algorithm.
+    An algorithm for RL Zoo.
 
     :param cls: the class
-    :param sampler: draws hyperparameters for a trial of Optuna
-    :param converter: turns what a study has stored into constructor arguments
+    :param sampler: samples hyperparameters for an Optuna trial
+    :param converter: converts the parameters of a stored trial to constructor arguments
     :param config: hyperparameters of each environment
     """
 
@@ -70,7 +70,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     name: Algorithm(cls, sample_trpo_params, hyperparams_opt.convert_onpolicy_params, OUR_CONFIGS / f"{name}.yml")
     for name, cls in OURS.items()
 }
-#: sb3-contrib's TRPO keeps a name, for comparisons.
+#: sb3-contrib's TRPO under another name, for comparisons.
 PEERS: dict[str, Algorithm] = {
     "sb3_contrib_trpo": Algorithm(
         sb3_contrib.TRPO,
@@ -110,7 +110,7 @@ def read_hyperparameters(manager: exp_manager.ExperimentManager) -> tuple[dict[s
 
 
 def _places(manager: exp_manager.ExperimentManager, names: dict[str, Any]) -> dict[str, str]:
-    """Where each hyperparameter was given: the command line, a line of a YAML file, or a Python module."""
+    """Return where each hyperparameter was given: the command line, a line of a YAML file, or a Python module."""
     places = dict.fromkeys(names, str(manager.config))
     if manager.config.endswith((".yml", ".yaml")):
         path, env_id = Path(manager.config), manager.env_name.gym_id

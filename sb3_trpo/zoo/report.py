@@ -2,10 +2,11 @@
 Aggregate statistics of a benchmark with their uncertainty, computed by rliable (Agarwal et al. 2021).
 
 https://arxiv.org/abs/2108.13264: interquartile mean over runs and tasks, performance profiles and probability of
-improvement, with stratified bootstrap intervals of 95 %.
+improvement, with stratified bootstrap intervals of 95%.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +84,31 @@ def scores(results: pd.DataFrame) -> dict[str, np.ndarray]:
     return {name: tables[name].to_numpy() for name in results["algorithm"].unique() if name in tables}
 
 
+@contextmanager
+def fixed_seed() -> Iterator[None]:
+    """Seed NumPy's global generator, the only one that rliable's bootstrap uses, and restore its state afterwards."""
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+
+
+def interquartile_means(runs: Mapping[str, np.ndarray]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """
+    Compute interquartile means over seeds and environments, with stratified bootstrap intervals of 95%.
+
+    :param runs: algorithm -> scores of shape (seeds, environments)
+    :return: algorithm -> mean, and algorithm -> both ends of its interval
+    """
+    with fixed_seed():
+        means, intervals = library.get_interval_estimates(
+            runs, lambda scores: np.array([metrics.aggregate_iqm(scores)]), reps=N_BOOTSTRAP
+        )
+    return {name: float(mean[0]) for name, mean in means.items()}, {name: ends[:, 0] for name, ends in intervals.items()}
+
+
 def estimate(runs: Mapping[str, np.ndarray]) -> Estimates:
     """
     Aggregate over runs and environments.
@@ -90,28 +116,23 @@ def estimate(runs: Mapping[str, np.ndarray]) -> Estimates:
     :param runs: algorithm -> scores of shape (seeds, environments)
     :return: the estimates
     """
-
-    def interval(data: Mapping[str, object], function: object) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        random_state = np.random.RandomState(0)
-        found: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = library.get_interval_estimates(
-            data, function, reps=N_BOOTSTRAP, random_state=random_state
-        )
-        return found
-
-    iqm, iqm_interval = interval(runs, lambda x: np.array([metrics.aggregate_iqm(x)]))
+    iqm, iqm_interval = interquartile_means(runs)
     pairs = {f"{a},{b}": (runs[a], runs[b]) for a, b in combinations(runs, 2)}
-    better, better_interval = interval(pairs, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]))
     everything = np.concatenate([x.ravel() for x in runs.values()])
     taus = np.linspace(min(0.0, everything.min()), everything.max(), 101)
-    profile, profile_interval = library.create_performance_profile(runs, taus, reps=N_BOOTSTRAP)
+    with fixed_seed():
+        better, better_interval = library.get_interval_estimates(
+            pairs, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), reps=N_BOOTSTRAP
+        )
+        profile, profile_interval = library.create_performance_profile(runs, taus, reps=N_BOOTSTRAP)
 
     def pair(name: str) -> tuple[str, str]:
         first, second = name.split(",")
         return first, second
 
     return Estimates(
-        iqm={name: float(value[0]) for name, value in iqm.items()},
-        iqm_interval={name: ends[:, 0] for name, ends in iqm_interval.items()},
+        iqm=iqm,
+        iqm_interval=iqm_interval,
         better={pair(name): float(value[0]) for name, value in better.items()},
         better_interval={pair(name): ends[:, 0] for name, ends in better_interval.items()},
         taus=taus,
@@ -167,7 +188,9 @@ def tables(results: pd.DataFrame, estimates: Estimates, levels: Mapping[str, flo
         seconds = f"{time['seconds']:.1f} s" if time["reached"] else "-"
         level = "no threshold" if levels[env] is None else f"{seconds} ({time['reached']:.0f} of {time['runs']:.0f})"
         returns = f"{runs['mean_return'].mean():.1f} ± {runs['mean_return'].std():.1f}"
-        rows.append([env, algorithm, f"{runs['steps'].mean():.0f}", returns, f"{runs['seconds'].mean():.1f}", level])
+        rows.append(
+            [env, algorithm_name(algorithm), f"{runs['steps'].mean():,.0f}", returns, f"{runs['seconds'].mean():.1f}", level]
+        )
     named = ", ".join(f"{level:g} on {env}" for env, level in levels.items() if level is not None)
     parts = [
         MarkdownTableWriter(
@@ -179,15 +202,18 @@ def tables(results: pd.DataFrame, estimates: Estimates, levels: Mapping[str, flo
         f"seconds until an evaluation reaches the threshold, of the runs that do. Thresholds: {named or 'none'}.\n\n",
         MarkdownTableWriter(
             table_name="Interquartile mean of normalized scores",
-            headers=["Algorithm", "IQM, 95 % interval"],
-            value_matrix=[[name, f"{x:.3f} ({_ends(estimates.iqm_interval[name])})"] for name, x in estimates.iqm.items()],
+            headers=["Algorithm", "IQM, 95% interval"],
+            value_matrix=[
+                [algorithm_name(name), f"{x:.3f} ({_ends(estimates.iqm_interval[name])})"] for name, x in estimates.iqm.items()
+            ],
         ).dumps(),
         "A score is 0 at the return of random actions and 1 at the mean return of the environment's best algorithm.\n\n",
         MarkdownTableWriter(
             table_name="Probability of improvement",
-            headers=["X", "Y", "P(X > Y), 95 % interval"],
+            headers=["X", "Y", "P(X > Y), 95% interval"],
             value_matrix=[
-                [*pair, f"{p:.3f} ({_ends(estimates.better_interval[pair])})"] for pair, p in estimates.better.items()
+                [*map(algorithm_name, pair), f"{p:.3f} ({_ends(estimates.better_interval[pair])})"]
+                for pair, p in estimates.better.items()
             ],
         ).dumps(),
     ]
@@ -208,7 +234,7 @@ def draw(estimates: Estimates) -> Figure:
     sns.set_theme(style="whitegrid")
     names = {name: algorithm_name(name) for name in estimates.iqm}
     colors = dict(zip(names.values(), sns.color_palette("colorblind", len(names)), strict=True))
-    figure = Figure(figsize=(15, 4), layout="constrained")
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
     means, profiles, better = figure.subplots(1, 3)
     for name, label in names.items():
         means.errorbar(
@@ -221,7 +247,7 @@ def draw(estimates: Estimates) -> Figure:
             mfc="white",
             color=colors[label],
         )
-    means.set(xlabel="interquartile mean of the scores, 95 % interval", ylim=(len(names) - 0.5, -0.5))
+    means.set(xlabel="interquartile mean of the scores\n(95% interval)", ylim=(len(names) - 0.5, -0.5))
     plot_utils.plot_performance_profiles(
         {names[name]: profile for name, profile in estimates.profile.items()},
         estimates.taus,
@@ -230,9 +256,12 @@ def draw(estimates: Estimates) -> Figure:
         colors=colors,
         xlabel="score τ",
         ylabel="share of runs with score > τ",
-        labelsize="medium",
-        ticklabelsize="medium",
+        labelsize=means.xaxis.label.get_size(),
+        ticklabelsize=means.xaxis.get_ticklabels()[0].get_size(),
+        wrect=0,
+        hrect=0,
     )
+    profiles.tick_params(pad=8)
     profiles.set(xlim=(estimates.taus[0], estimates.taus[-1]), ylim=(0, 1.03))
     figure.legend(*profiles.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
     for (first, second), p in estimates.better.items():
@@ -240,7 +269,7 @@ def draw(estimates: Estimates) -> Figure:
         interval = np.abs(estimates.better_interval[first, second] - p)[:, None]
         better.errorbar(p, label, xerr=interval, fmt="o", lw=6, ms=9, mfc="white", color="tab:gray")
     better.axvline(0.5, color="k", ls="--", lw=1)
-    better.set(xlabel="probability of improvement, 95 % interval", xlim=(-0.02, 1.02))
+    better.set(xlabel="probability of improvement\n(95% interval)", xlim=(-0.02, 1.02))
     better.set_ylim(len(estimates.better) - 0.5, -0.5)
     return figure
 

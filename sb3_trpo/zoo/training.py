@@ -1,4 +1,4 @@
-"""One training job of a benchmark: an algorithm of RL Zoo, Tianshou's TRPO, or random actions, evaluated alike."""
+"""One training job of a benchmark: an algorithm of RL Zoo, Tianshou's TRPO, or random actions."""
 
 import argparse
 import contextlib
@@ -193,7 +193,7 @@ def train_zoo(job: TrainingJob, log: EvaluationLog) -> None:
     """
     Train an algorithm of RL Zoo as ``rl_zoo3.train`` does.
 
-    :param job: what to do
+    :param job: the job
     :param log: log for the evaluations
     """
     config = job.run_folder.parent / f"{job.run_folder.name}.yml"
@@ -227,7 +227,7 @@ def train_tianshou(job: TrainingJob, log: EvaluationLog) -> None:
     """
     Train Tianshou's TRPO.
 
-    :param job: what to do
+    :param job: the job
     :param log: log for the evaluations
     """
     writer = SummaryWriter(str(job.run_folder))
@@ -245,7 +245,7 @@ def act_at_random(job: TrainingJob, log: EvaluationLog) -> None:
     """
     Take random actions.
 
-    :param job: what to do
+    :param job: the job
     :param log: log for the only row, at step 0
     """
     env = gym.make(job.env)

@@ -2,10 +2,12 @@
 
 import math
 import statistics
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch as th
+from support.arguments import effective
 from test_trpo import N_STEPS, HookedTRPO, ScriptedEnv, make
 
 from sb3_trpo import TRPO
@@ -62,6 +64,40 @@ def test_figures_of_two_steps_by_hand() -> None:
     assert stats.train_seconds == 0.5
 
 
+def stats_of(backtracks: list[float], value_losses: list[float]) -> UpdateStats:
+    """Statistics that are 1 but for the backtracks of the steps and the losses of the critic."""
+    ones = Summary.of([1.0] * len(backtracks))
+    values = dict.fromkeys((field.name for field in fields(UpdateStats)), ones)
+    of_update = {"policy_objective": Summary.of([3.0, 2.0]), "kl_divergence_loss": Summary.of([0.25, 0.5])}
+    critic = {"backtracks": Summary.of(backtracks), "value_loss": Summary.of(value_losses), "train_seconds": 0.25}
+    return UpdateStats(**(values | of_update | critic))
+
+
+def test_update_stats_logs_the_last_value_of_the_update_and_means_of_steps() -> None:
+    logged = stats_of([1.0, 3.0], [4.0, 2.0, 0.0]).logged
+    assert (logged["policy_objective"], logged["kl_divergence_loss"]) == (2.0, 0.5)
+    assert (logged["backtracks"], logged["value_loss"]) == (2.0, 2.0)
+
+
+def test_update_stats_prints_a_table_with_the_spread_of_several_steps() -> None:
+    lines = repr(stats_of([1.0, 3.0], [123456.0])).splitlines()
+    cells = {line.split()[0]: line.split()[1:] for line in lines}
+    assert cells["UpdateStats"] == ["value", "std", "min", "max", "count"]
+    assert cells["kl_divergence_loss"] == ["0.5", "0.125", "0.25", "0.5", "2"]
+    assert cells["backtracks"] == ["2", "1", "1", "3", "2"]
+    assert cells["value_loss"] == ["1.23e+05"]
+    assert cells["train_seconds"] == ["0.25"]
+    assert list(cells)[1:] == [field.name for field in fields(UpdateStats)]
+    assert max(map(len, lines)) <= 80
+
+
+def test_update_stats_of_one_step_prints_one_column() -> None:
+    model = make().learn(N_STEPS)
+    lines = repr(model.last_update).splitlines()
+    assert lines[0] == "UpdateStats"
+    assert all(len(line.split()) == 2 for line in lines[1:])
+
+
 SPLITS: dict[str, dict[str, Any]] = {
     "plain": {},
     "passes": {"n_policy_updates": 3},
@@ -78,13 +114,14 @@ def test_the_log_has_the_figures_of_last_update(arguments: dict[str, Any]) -> No
             super().train()
             kept.append(dict(self.logger.name_to_value))
 
-    model = Kept("MlpPolicy", ScriptedEnv(), **({"n_steps": N_STEPS, "batch_size": 8, "seed": 0, "device": "cpu"} | arguments))
+    model = Kept(
+        "MlpPolicy", ScriptedEnv(), **effective({"n_steps": N_STEPS, "batch_size": 8, "seed": 0, "device": "cpu"} | arguments)
+    )
     model.learn(N_STEPS)
     stats, (log,) = model.last_update, kept
     n_steps = {"plain": 1, "passes": 3, "minibatches": 4}[next(name for name, given in SPLITS.items() if given is arguments)]
     for name, summary in stats.summaries.items():
-        is_of_update = name in ("policy_objective", "kl_divergence_loss")
-        assert log[f"train/{name}"] == (summary.last if is_of_update else summary.mean), name
+        assert log[f"train/{name}"] == stats.logged[name], name
         if name == "value_loss":
             assert summary.count == (1 if "critic_method" not in arguments else 10 * N_STEPS / 8)
         else:

@@ -188,7 +188,7 @@ CASES: dict[str, tuple[spaces.Space, spaces.Space, dict[str, Any]]] = {
 
 def make_model(name: str, **changes: Any) -> TRPO:
     observation_space, action_space, arguments = CASES[name]
-    arguments = {"n_steps": N_STEPS, "gamma": 0.9, "gae_lambda": 0.8, "batch_size": N_ENVS, **arguments, **changes}
+    arguments = {"n_steps": N_STEPS, "gamma": 0.9, "gae_lambda": 0.8, **arguments, **changes}
     env: VecEnv = make_env(observation_space, action_space)
     if "normalize" in arguments:
         env = VecNormalize(env, **arguments.pop("normalize"))
@@ -238,7 +238,7 @@ def test_general_policies_act_as_in_sb3s_loop(name):
 def test_truncated_rewards_hold_the_value_of_the_last_observation():
     """By hand, of a rollout of one step."""
     env = make_env(VECTOR, BOX, limit=1)
-    model = TRPO("MlpPolicy", env, n_steps=1, seed=1, gamma=0.5, device="cpu", batch_size=3, policy_kwargs={"net_arch": []})
+    model = TRPO("MlpPolicy", env, n_steps=1, seed=1, gamma=0.5, device="cpu", policy_kwargs={"net_arch": []})
     recorder = Recorder()
     collect(model, TRPO.collect_rollouts, 1, recorder)
     (step,) = recorder.steps
@@ -391,7 +391,7 @@ class TestWhoseLoop:
 
     def make(self, policy="MlpPolicy", **arguments):
         env = make_env(VECTOR, BOX, limit=1000)
-        return TRPO(policy, env, n_steps=8, seed=0, device="cpu", batch_size=24, **arguments)
+        return TRPO(policy, env, n_steps=8, seed=0, device="cpu", **arguments)
 
     def test_the_usual_takes_ours(self, calls):
         self.make().learn(24)

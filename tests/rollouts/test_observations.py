@@ -63,7 +63,7 @@ def make(odd: float, dtype: Any = np.float64, normalize: bool = False, **argumen
     space = spaces.Box(low, high, (3,), dtype)
     env: VecEnv = DummyVecEnv([lambda: Given(space, odd)] * N_ENVS)
     env = VecNormalize(env) if normalize else env
-    return TRPO("MlpPolicy", env, n_steps=N_STEPS, seed=0, device="cpu", batch_size=16, **arguments)
+    return TRPO("MlpPolicy", env, n_steps=N_STEPS, seed=0, device="cpu", **arguments)
 
 
 def test_observations_that_are_infinite_in_float32_are_refused():
@@ -90,7 +90,7 @@ def test_missing_numbers_are_left_to_a_policy_that_handles_them(activation):
 def test_missing_numbers_may_be_in_the_first_observation():
     space = spaces.Box(-np.inf, np.inf, (3,))
     env = DummyVecEnv([lambda: Given(space, np.nan, at=0)] * N_ENVS)
-    arguments = {"n_steps": N_STEPS, "device": "cpu", "batch_size": 16, "policy_kwargs": {"features_extractor_class": Masking}}
+    arguments = {"n_steps": N_STEPS, "device": "cpu", "policy_kwargs": {"features_extractor_class": Masking}}
     with pytest.raises(NonFiniteError, match="observation"):
         TRPO("MlpPolicy", env, **arguments).learn(N_STEPS)
     TRPO("MlpPolicy", env, check_observations=False, **arguments).learn(N_STEPS)
@@ -153,7 +153,7 @@ class OneArray(VecEnvWrapper):
 def test_observations_of_one_array_are_stored_before_they_are_overwritten():
     def observations(wrap: Any) -> np.ndarray:
         env = wrap(make_vec_env("Pendulum-v1", 2, seed=0))
-        model = TRPO("MlpPolicy", env, n_steps=20, seed=0, device="cpu", batch_size=40)
+        model = TRPO("MlpPolicy", env, n_steps=20, seed=0, device="cpu")
         model.learn(40)
         return model.rollout_buffer.observations
 

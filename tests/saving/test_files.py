@@ -27,6 +27,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from support.arguments import effective
 
 from sb3_trpo import (
     TRPO,
@@ -42,8 +43,14 @@ N_STEPS = 16
 
 
 def make(algorithm: type[Any] = TRPO, env: Any = "CartPole-v1", **kwargs: Any) -> Any:
-    kwargs = {"n_steps": N_STEPS, "seed": 0, "device": "cpu", **kwargs}
-    return algorithm("MlpPolicy", env, **kwargs, **({} if algorithm is A2C else {"batch_size": N_STEPS}))
+    kwargs = {
+        "n_steps": N_STEPS,
+        "seed": 0,
+        "device": "cpu",
+        **({} if algorithm is A2C else {"batch_size": N_STEPS}),
+        **kwargs,
+    }
+    return algorithm("MlpPolicy", env, **effective(kwargs, algorithm))
 
 
 @pytest.fixture
@@ -130,7 +137,7 @@ def test_code_in_an_entry_does_not_run(disguise: Callable[[Calls], Any], entry: 
 
 
 def test_a_function_needs_trust_or_a_replacement(tmp_path: Path) -> None:
-    make(learning_rate=lambda progress: 1e-3 * progress).save(tmp_path / "model")
+    make(learning_rate=lambda progress: 1e-3 * progress, critic_method="minibatch").save(tmp_path / "model")
 
     with pytest.raises(UntrustedFileError, match=r"'learning_rate'.*cloudpickle.*custom_objects.*trust=True"):
         TRPO.load(tmp_path / "model", device="cpu")
@@ -243,7 +250,8 @@ def test_an_ordinary_normalizer_is_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_ordinary_files_need_no_trust(algorithm: type[Any], env: str, tmp_path: Path) -> None:
     kwargs = {"activation_fn": th.nn.ReLU, "optimizer_class": th.optim.RMSprop, "net_arch": {"pi": [8], "vf": [4]}}
-    model = make(algorithm, env, policy_kwargs=kwargs, use_sde=env == "Pendulum-v1", tensorboard_log=tmp_path)
+    critic = {"critic_method": "minibatch"} if algorithm is TRPO else {}
+    model = make(algorithm, env, policy_kwargs=kwargs, use_sde=env == "Pendulum-v1", tensorboard_log=tmp_path, **critic)
     model.learn(N_STEPS).save(tmp_path / "model")
 
     with warnings.catch_warnings():

@@ -18,6 +18,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize, VecTransposeImage
+from support.arguments import effective
 
 from sb3_trpo import NPG, TRPO, CorruptCheckpointError, MaskableTRPO, RecurrentTRPO, UntrustedFileError, load_vec_normalize
 from sb3_trpo.saving.env_state import restore
@@ -28,7 +29,7 @@ N_STEPS = 16
 
 
 def make(env: Any = "CartPole-v1", **kwargs: Any) -> TRPO:
-    return TRPO("MlpPolicy", env, **{"n_steps": N_STEPS, "batch_size": 8, "seed": 0, "device": "cpu", **kwargs})
+    return TRPO("MlpPolicy", env, **effective({"n_steps": N_STEPS, "batch_size": 8, "seed": 0, "device": "cpu", **kwargs}))
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def change_attributes(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("channel_last", [True, False])
 def test_load_reads_models_of_images_that_were_trained(channel_last: bool, tmp_path: Path) -> None:
     env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=3, discrete=True, channel_first=not channel_last)
-    model = TRPO("CnnPolicy", env, n_steps=4, batch_size=4, device="cpu").learn(4)
+    model = TRPO("CnnPolicy", env, n_steps=4, device="cpu").learn(4)
     model.save(tmp_path / "model")
 
     loaded = TRPO.load(tmp_path / "model", device="cpu")
@@ -73,7 +74,7 @@ def test_load_reads_models_of_images_that_were_trained(channel_last: bool, tmp_p
 @pytest.mark.filterwarnings("ignore:.*VecNormalize")
 def test_load_reads_models_of_wrapped_environments(tmp_path: Path) -> None:
     env = make_vec_env(lambda: FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False), 2)
-    model = TRPO("CnnPolicy", VecTransposeImage(VecFrameStack(env, 3)), n_steps=4, batch_size=4, device="cpu").learn(8)
+    model = TRPO("CnnPolicy", VecTransposeImage(VecFrameStack(env, 3)), n_steps=4, device="cpu").learn(8)
     model.save(tmp_path / "images")
     assert TRPO.load(tmp_path / "images", device="cpu").observation_space == model.observation_space
 

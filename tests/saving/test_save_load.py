@@ -14,6 +14,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnv
+from support.arguments import effective
 
 from sb3_trpo import TRPO
 
@@ -51,7 +52,8 @@ class WalkEnv(gym.Env):
 
 def make(action: str = "box", algorithm: type[Any] = TRPO, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
     env = WalkEnv(SPACES[action], DICT if policy == "MultiInputPolicy" else SPACES["box"])
-    return algorithm(policy, env, **{"n_steps": N_STEPS, "batch_size": 8, "seed": 0, "device": "cpu", **kwargs})
+    arguments = {"n_steps": N_STEPS, "batch_size": 8, "seed": 0, "device": "cpu", **kwargs}
+    return algorithm(policy, env, **effective(arguments, algorithm))
 
 
 def assert_same(first: Any, second: Any) -> None:
@@ -86,7 +88,7 @@ def observations(model: TRPO, n: int = 20) -> Any:
         *[(action, {}) for action in SPACES],
         ("box", {"use_sde": True}),
         ("box", {"policy": "MultiInputPolicy"}),
-        ("discrete", {"policy_kwargs": {"optimizer_class": th.optim.RMSprop, "net_arch": [4]}}),
+        ("discrete", {"policy_kwargs": {"optimizer_class": th.optim.RMSprop, "net_arch": [4]}, "critic_method": "minibatch"}),
     ],
 )
 def test_a_loaded_model_is_the_saved_one(action: str, kwargs: dict[str, Any], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Conve
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecNormalize
+from support.arguments import effective
 from support.rows import BOX, READS, VECTOR, Reader, Wander, clone, listed
 
 from sb3_trpo import TRPO, MaskableTRPO, RecurrentTRPO
@@ -109,7 +110,9 @@ def make_model(row: Row, one_array: bool = True, **changes: Any) -> Any:
     if row.extractor is not None:
         policy_kwargs["features_extractor_class"] = row.extractor
     th.manual_seed(0)
-    model = row.algorithm(policy, make_env(row, one_array), seed=0, device="cpu", policy_kwargs=policy_kwargs, **arguments)
+    model = row.algorithm(
+        policy, make_env(row, one_array), seed=0, device="cpu", policy_kwargs=policy_kwargs, **effective(arguments)
+    )
     with th.no_grad():
         model.policy.value_net.weight.mul_(3.0)
         model.policy.action_net.weight.mul_(50.0)

@@ -73,7 +73,7 @@ def workers(how: Callable[[], Any], timeout: float | None = None, at: int = 10) 
 )
 def test_a_failure_names_the_worker_and_the_model_can_be_saved(how: Callable[[], Any], message: str, tmp_path: Path) -> None:
     env = workers(how, timeout=1.0)
-    model = TRPO("MlpPolicy", env, n_steps=N_STEPS, batch_size=8, device="cpu")
+    model = TRPO("MlpPolicy", env, n_steps=N_STEPS, device="cpu")
 
     with pytest.raises(WorkerError, match=message) as error:
         model.learn(4 * N_STEPS)

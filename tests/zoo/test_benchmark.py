@@ -70,7 +70,7 @@ def test_evaluations_see_the_running_normalisation(tmp_path: Path) -> None:
     env = VecNormalize(make_vec_env("CartPole-v1", 1, seed=0))
     held_out = VecNormalize(make_vec_env("CartPole-v1", 1, seed=1), training=False, norm_reward=False)
     record = jobs.EvaluationLog(job(tmp_path))
-    TRPO("MlpPolicy", env, n_steps=64, batch_size=64).learn(128, callback=jobs.Evaluation(record, held_out, 64))
+    TRPO("MlpPolicy", env, n_steps=64).learn(128, callback=jobs.Evaluation(record, held_out, 64))
     assert [row["steps"] for row in record.rows] == [64, 128]
     assert env.obs_rms.count > 128
     np.testing.assert_array_equal(held_out.obs_rms.mean, env.obs_rms.mean)

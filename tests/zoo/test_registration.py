@@ -31,7 +31,7 @@ ENTRIES = [(name, entry) for name, algorithm in ALGORITHMS.items() for entry in 
 #: Environments that stand for the entries without one.
 EXAMPLES = {"default": "InvertedPendulum-v5", "atari": "PongNoFrameskip-v4"}
 gym.register("InvalidActions-v0", partial(InvalidActionEnvDiscrete, dim=8, n_invalid_actions=3), max_episode_steps=20)
-TINY = {"n_envs": 2, "n_steps": 16, "batch_size": 32}
+TINY = {"n_envs": 2, "n_steps": 16}
 
 
 def manager(folder: Path, algorithm: str, env_id: str, **kwargs: Any) -> ExperimentManager:

@@ -116,3 +116,11 @@ def test_the_report_has_tables_and_a_picture(tmp_path: Path, capsys: pytest.Capt
     assert "- (0 of 3)" in text  # ppo on CartPole-v1
     assert (tmp_path / "comparison.png").stat().st_size > 0
     assert "probability of improvement" in (tmp_path / "comparison.svg").read_text()
+
+
+def test_estimates_are_reproducible_and_leave_the_global_generator_alone() -> None:
+    runs = {name: np.random.default_rng(seed).uniform(size=(4, 3)) for seed, name in enumerate("ab")}
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    first, second = compare.estimate(runs), compare.estimate(runs)
+    np.testing.assert_equal(first, second)
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
