@@ -1,6 +1,5 @@
 """The studies of ``compare.py``: what is trained on what, with which settings."""
 
-import inspect
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -47,14 +46,16 @@ class Case(NamedTuple):
 #: Cases by name of the cell and of the task.
 Study = dict[tuple[str, str], Case]
 
-DEFAULTS = inspect.signature(sb3_trpo.TRPO).parameters
+#: Trust region and first standard deviation of the runs that were made before the defaults changed.
+TARGET_KL = 0.05
+SB3S_STD = {"log_std_init": 0.0}
 
 
 def spaces() -> Study:
     """
     Return every action space and Dict observations, beside sb3-contrib's TRPO.
 
-    Both have the same rollouts, and our default trust region in terms of the KL that they use: sb3-contrib averages it over
+    Both have the same rollouts, and one trust region in terms of the KL that they use: sb3-contrib averages it over
     action dimensions. Each has its own default critic.
     """
     mlp = {"policy": "MlpPolicy", "n_steps": 256}
@@ -72,8 +73,8 @@ def spaces() -> Study:
             ("sb3_trpo", sb3_trpo.TRPO, 1),
             ("sb3_contrib", sb3_contrib.TRPO, dimensions),
         ):
-            region = {name: DEFAULTS[name].default / divisor for name in ("target_kl", "cg_damping")}
-            study[cell, env] = Case(algorithm, {**settings, **region}, steps, 4)
+            region = {"target_kl": TARGET_KL / divisor, "cg_damping": 0.1 / divisor}
+            study[cell, env] = Case(algorithm, {**settings, **region, "policy_kwargs": SB3S_STD}, steps, 4)
     return study
 
 
@@ -84,8 +85,7 @@ def pixels() -> Study:
     TRPO's critic must not move the policy, so it cannot train an extractor that it shares. sb3-contrib's TRPO shares it; ours
     does on request.
     """
-    region = {name: DEFAULTS[name].default for name in ("target_kl", "cg_damping")}
-    settings = {"policy": "CnnPolicy", "n_steps": 32, "gamma": 0.9, **region}
+    settings = {"policy": "CnnPolicy", "n_steps": 32, "gamma": 0.9, "target_kl": TARGET_KL}
     variants: dict[str, tuple[type[OnPolicyAlgorithm], Settings]] = {
         "sb3_trpo, one each": (sb3_trpo.TRPO, {}),
         "sb3_trpo, one each, small steps, minibatches": (
@@ -115,7 +115,7 @@ def state_dependent_gaussian(outputs: Tensor) -> Normal:
 
 def options() -> Study:
     """Return bounded actions, custom distributions and the natural policy gradient."""
-    pendulum = {"policy": "MlpPolicy", "n_steps": 256, "gamma": 0.9}
+    pendulum = {"policy": "MlpPolicy", "n_steps": 256, "gamma": 0.9, "target_kl": TARGET_KL, "policy_kwargs": SB3S_STD}
     variants: dict[str, Settings] = {
         "Gaussian, clipped by SB3": {},
         'action_bound="clip"': {"action_bound": "clip"},
@@ -123,7 +123,7 @@ def options() -> Study:
         "Beta": {"action_bound": "clip", "policy_kwargs": {"dist_fn": beta}},
         "state-dependent Gaussian": {"policy_kwargs": {"dist_fn": state_dependent_gaussian}},
     }
-    cheetah = {"policy": "MlpPolicy", "n_steps": 1024, "target_kl": 0.035}
+    cheetah = {"policy": "MlpPolicy", "n_steps": 1024, "target_kl": 0.035, "policy_kwargs": SB3S_STD}
     study = {
         (cell, "Pendulum-v1"): Case(sb3_trpo.TRPO, {**pendulum, **arguments}, 100_000, 4)
         for cell, arguments in variants.items()
@@ -157,7 +157,14 @@ def recurrent() -> Study:
     sde = {"use_sde": True, "sde_sample_freq": 4}
     ours: dict[str, Settings] = {
         "CartPoleNoVel-v1": {"n_steps": 32, "gamma": 0.98, "gae_lambda": 0.8, "target_kl": decay},
-        "PendulumNoVel-v1": {"n_steps": 200, "gamma": 0.9, "gae_lambda": 0.9, "n_critic_steps": 3, **sde},
+        "PendulumNoVel-v1": {
+            "n_steps": 200,
+            "gamma": 0.9,
+            "gae_lambda": 0.9,
+            "target_kl": TARGET_KL,
+            "n_critic_steps": 3,
+            **sde,
+        },
         "Recall-v0": {"n_steps": 64, "target_kl": decay},
     }
     ppo: dict[str, Settings] = {
@@ -209,17 +216,23 @@ def maskable() -> Study:
         "MultiBinary(6), 4 invalid": (partial(InvalidActionEnvMultiBinary, 6, n_invalid_actions=4), 10_000, 0.4),
         "Placement-v0": (None, 40_000, 0.99),
     }
+    regions: dict[type[OnPolicyAlgorithm], Settings] = {
+        sb3_trpo.MaskableTRPO: {"target_kl": TARGET_KL},
+        sb3_contrib.MaskablePPO: {},
+    }
     return {
-        (algorithm.__name__, env): Case(algorithm, {"policy": "MlpPolicy", "n_steps": 256, "gamma": gamma}, steps, 4, make)
+        (algorithm.__name__, env): Case(
+            algorithm, {"policy": "MlpPolicy", "n_steps": 256, "gamma": gamma, **region}, steps, 4, make
+        )
         for env, (make, steps, gamma) in tasks.items()
-        for algorithm in (sb3_trpo.MaskableTRPO, sb3_contrib.MaskablePPO)
+        for algorithm, region in regions.items()
     }
 
 
 def critic() -> Study:
     """Return the Gauss-Newton and the minibatch critic, on three MuJoCo tasks and two rollout shapes."""
     shapes: dict[str, tuple[int, Settings]] = {
-        "2x1024": (2, {"n_steps": 1024, "target_kl": 0.035}),
+        "2x1024": (2, {"n_steps": 1024, "target_kl": 0.035, "policy_kwargs": SB3S_STD}),
         "16x64": (16, {"n_steps": 64, "target_kl": 0.0125, "policy_kwargs": {"log_std_init": -0.5}}),
     }
     batch_sizes = {"2x1024": 128, "16x64": 1024}
