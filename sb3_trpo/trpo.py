@@ -64,8 +64,10 @@ from sb3_trpo.optim.line_search import (
     LineSearchResult,
     LineSearchStatus,
     backtracking_line_search,
+    first_fraction,
     max_step_length,
     undamped_curvature,
+    updated_kl_ratio,
 )
 from sb3_trpo.optim.moments import moments
 from sb3_trpo.optim.objective import Surrogate
@@ -194,6 +196,8 @@ class TRPO(ResumableAlgorithm):
     #: Training ends with an error after so many updates in a row that came to a NaN or an infinity, and were undone.
     max_failed_updates: int = 10
     _failed_updates: int = 0
+    #: True over quadratic KL of recent steps: where the line search starts.
+    _kl_ratio: float = 1.0
     #: Names of the constructor arguments that the user gave.
     _given_arguments: frozenset[str] = frozenset()
     #: SB3's local variables, for callbacks, that come from the policy.
@@ -703,6 +707,8 @@ class TRPO(ResumableAlgorithm):
             assign(actor, theta + fraction * step)
             return surrogate.evaluate()
 
+        # The full step's quadratic KL is δ if no other step shares the region.
+        fills_region = start.kl == 0.0 and self.n_policy_updates == 1 and self.policy_batch_size is None
         search = backtracking_line_search(
             evaluate,
             start,
@@ -711,7 +717,10 @@ class TRPO(ResumableAlgorithm):
             max_iter=self.line_search_max_iter,
             min_improvement=self.line_search_accept_ratio * expected,
             slope=expected,
+            first=first_fraction(self._kl_ratio) if fills_region else 1.0,
         )
+        if fills_region:
+            self._kl_ratio = updated_kl_ratio(self._kl_ratio, search, self._current_target_kl)
         if search.outcome is LineSearchStatus.REJECTED:
             before.restore()
         return search
