@@ -158,10 +158,12 @@ class KFACPreconditioner:
     def __init__(self, objective: RolloutObjective, damping: float) -> None:
         self._actor = actor = objective.model.parameters
         index = {id(parameter): position for position, parameter in enumerate(actor)}
+        layers = set(objective.model.layers)
         sums: dict[nn.Module, Factors] = {}
         row_sums: th.Tensor | None = None
         for chunk, _, new in objective.linearized():
-            for layer, factors in _chunk_factors(chunk, new):
+            calls = [call for call in new.calls if call.layer in layers]
+            for layer, factors in _chunk_factors(chunk, new, calls):
                 sums[layer] = Factors(*map(th.add, sums[layer], factors)) if layer in sums else factors
             if row_sums is None:  # parameters without factors in the first chunk have the diagonal
                 self._positions = {layer: [index[id(p)] for p in _parameters(layer)] for layer in sums}
@@ -218,8 +220,8 @@ def random_signs(ids: th.Tensor, width: int) -> th.Tensor:
     return 1 - 2 * ((bits ^ (bits >> 31)) & 1)
 
 
-def _chunk_factors(chunk: RolloutBatch, new: ModelOutput) -> Iterator[tuple[nn.Module, Factors]]:
-    if not new.calls:
+def _chunk_factors(chunk: RolloutBatch, new: ModelOutput, calls: Sequence[LayerCall]) -> Iterator[tuple[nn.Module, Factors]]:
+    if not calls:
         return
     z = outputs(new.components)
     widths = [tensor[0].numel() for tensor in z]
@@ -230,11 +232,11 @@ def _chunk_factors(chunk: RolloutBatch, new: ModelOutput) -> Iterator[tuple[nn.M
     variable = [position for position, tensor in enumerate(z) if tensor.requires_grad]
     gradients = th.autograd.grad(
         [z[position] for position in variable],
-        [call.edge for call in new.calls],
+        [call.edge for call in calls],
         [cotangents[position] for position in variable],
         retain_graph=True,
         allow_unused=True,
     )
-    for call, gradient in zip(new.calls, gradients, strict=True):
+    for call, gradient in zip(calls, gradients, strict=True):
         if gradient is not None:
             yield call.layer, call_factors(call, gradient, chunk.weights)

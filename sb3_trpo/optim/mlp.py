@@ -23,12 +23,14 @@ class LayerCall(NamedTuple):
     :param input: its input, of any batch shape, detached
     :param output: its output
     :param edge: edge of the graph at the output, unchanged by later in-place operations
+    :param source: edge at the input; None if the input depends on no parameter
     """
 
     layer: nn.Module
     input: th.Tensor
     output: th.Tensor
     edge: GradientEdge
+    source: GradientEdge | None = None
 
 
 @contextmanager
@@ -44,7 +46,8 @@ def recorded_calls(layers: Sequence[nn.Module]) -> Iterator[list[LayerCall]]:
     def record(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: th.Tensor) -> None:
         if output.requires_grad:
             inputs = arguments[0] if arguments else keywords["input"]
-            calls.append(LayerCall(layer, inputs.detach(), output, get_gradient_edge(output)))
+            source = get_gradient_edge(inputs) if inputs.requires_grad else None
+            calls.append(LayerCall(layer, inputs.detach(), output, get_gradient_edge(output), source))
 
     # Before the user's own hooks, which may change the output.
     handles = [layer.register_forward_hook(record, prepend=True, with_kwargs=True) for layer in layers]
@@ -98,10 +101,12 @@ class MLPJacobian:
     """
 
     def __init__(self, calls: Sequence[LayerCall], activations: Sequence[nn.Module]) -> None:
+        #: Weight and bias of each layer, alternating.
+        self.parameters = [parameter for call in calls for parameter in (call.layer.weight, call.layer.bias)]
         self._inputs = [call.input.flatten(start_dim=1) for call in calls]
         self._weights = [call.layer.weight.detach() for call in calls]  # type: ignore[operator]
         self._slopes = [
-            _slope(activation, call.output, after)
+            slope(activation, call.output, after)
             for activation, call, after in zip(activations, calls[:-1], self._inputs[1:], strict=True)
         ]
 
@@ -137,11 +142,20 @@ class MLPJacobian:
         return gradients[::-1]
 
 
-def _slope(activation: nn.Module, before: th.Tensor, after: th.Tensor) -> th.Tensor:
-    """φ' where φ maps ``before`` to ``after``."""
+def slope(activation: nn.Module, before: th.Tensor, after: th.Tensor) -> th.Tensor:
+    """
+    Differentiate an element-wise activation.
+
+    :param activation: φ
+    :param before: its input
+    :param after: its output, detached
+    :return: φ', shaped as the input
+    """
     if isinstance(activation, nn.Tanh):  # the default, and the one whose derivative is cheap to read off its value
         return 1.0 - after.square()
+    if isinstance(activation, nn.ReLU):
+        return (after > 0).to(after.dtype)
     with th.enable_grad():
         before = before.detach().requires_grad_()
-        (slope,) = th.autograd.grad(activation(before).sum(), before)
-    return slope
+        (slopes,) = th.autograd.grad(activation(before).sum(), before)
+    return slopes

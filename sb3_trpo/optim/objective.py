@@ -10,12 +10,13 @@ import torch as th
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sb3_trpo.optim.batch import RolloutBatch
+from sb3_trpo.optim.batch import RolloutBatch, map_inputs
 from sb3_trpo.optim.distributions import Components, constant, detach, has_closed_form, joint_kl
 from sb3_trpo.optim.line_search import Evaluation
 from sb3_trpo.optim.mlp import MLP, LayerCall
 from sb3_trpo.optim.parameters import flatten
 from sb3_trpo.optim.reduction import Reduction
+from sb3_trpo.optim.sequential import Sequential, to_channels_last
 
 
 class ModelOutput(NamedTuple):
@@ -52,12 +53,19 @@ class Model:
     :param parameters: θ
     :param layers: the layers with a Kronecker-factored Fisher block
     :param mlp: the layers between observation and output, if they are a plain MLP
+    :param sequential: the modules between observation and output, if they may be applied one after another
     """
 
     forward: Callable[[RolloutBatch, Sequence[nn.Module]], ModelOutput]
     parameters: Sequence[nn.Parameter]
     layers: Sequence[nn.Module] = ()
     mlp: MLP | None = None
+    sequential: Sequential | None = None
+
+    @property
+    def recorded(self) -> Sequence[nn.Module]:
+        """The modules whose calls derivatives need."""
+        return self.layers if self.sequential is None else self.sequential.modules
 
 
 class RolloutObjective:
@@ -77,7 +85,7 @@ class RolloutObjective:
         #: Whether products by differentiating twice proved right; None before the first.
         self.is_twice_differentiable: bool | None = None
         self._chunks = batch.chunks(chunk_size)
-        self._only_graph = self.forward(self._chunks[0], model.layers) if len(self._chunks) == 1 else None
+        self._only_graph = self.forward(self._chunks[0], model.recorded) if len(self._chunks) == 1 else None
         if self._only_graph is not None and has_closed_form(self._only_graph.components):
             self._old = [self._only_graph.detached()]
         else:
@@ -93,6 +101,8 @@ class RolloutObjective:
         :param layers: layers whose calls to record
         :return: the model on the states
         """
+        if self.model.sequential is not None and self.model.sequential.channels_last:
+            chunk = replace(chunk, inputs=map_inputs(to_channels_last, chunk.inputs))
         # The fused kernels of attention have no second derivative; an MLP has no attention.
         with nullcontext() if self.model.mlp else sdpa_kernel(SDPBackend.MATH):
             return self.model.forward(chunk, layers)
@@ -121,7 +131,7 @@ class RolloutObjective:
         :return: iterator over (chunk, π_old detached, π_θ with its graph)
         """
         for chunk, old in zip(self._chunks, self._old, strict=True):
-            yield chunk, old, self._only_graph or self.forward(chunk, self.model.layers)
+            yield chunk, old, self._only_graph or self.forward(chunk, self.model.recorded)
 
     def _gradient(self, function: Callable[[RolloutBatch, ModelOutput, ModelOutput], th.Tensor]) -> th.Tensor:
         theta = self.model.parameters
