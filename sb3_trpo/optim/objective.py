@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import torch as th
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sb3_trpo.optim.batch import RolloutBatch, map_inputs
 from sb3_trpo.optim.distributions import Components, constant, detach, has_closed_form, joint_kl
+from sb3_trpo.optim.layerwise import Layerwise
 from sb3_trpo.optim.line_search import Evaluation
 from sb3_trpo.optim.mlp import MLP, LayerCall
 from sb3_trpo.optim.parameters import flatten
@@ -133,13 +135,34 @@ class RolloutObjective:
         for chunk, old in zip(self._chunks, self._old, strict=True):
             yield chunk, old, self._only_graph or self.forward(chunk, self.model.recorded)
 
+    def layerwise(self, new: ModelOutput) -> Layerwise | None:
+        """
+        Linearize the network of a forward pass, once if there is only one.
+
+        :param new: a forward pass of :meth:`linearized`
+        :return: the linearization; None unless the network is known to apply one layer after another
+        """
+        return self._only_layerwise if new is self._only_graph else Layerwise.of(self.model, new)
+
+    @cached_property
+    def _only_layerwise(self) -> Layerwise | None:
+        assert self._only_graph is not None
+        return Layerwise.of(self.model, self._only_graph)
+
     def _gradient(self, function: Callable[[RolloutBatch, ModelOutput, ModelOutput], th.Tensor]) -> th.Tensor:
-        theta = self.model.parameters
-        total = th.zeros_like(flatten(theta), requires_grad=False)
+        total = th.zeros_like(flatten(self.model.parameters), requires_grad=False)
         for chunk, old, new in self.linearized():
-            value = function(chunk, old, new)
-            total += flatten(th.autograd.grad(value, theta, retain_graph=self.is_one_graph, materialize_grads=True))
+            total += self._derivative(function(chunk, old, new), new)
         return self.ranks.sum(total)
+
+    def _derivative(self, value: th.Tensor, new: ModelOutput) -> th.Tensor:
+        """∇value, a function of a forward pass."""
+        theta, layers = self.model.parameters, self.layerwise(new)
+        if layers is None:
+            return flatten(th.autograd.grad(value, theta, retain_graph=self.is_one_graph, materialize_grads=True))
+        ends = [new.calls[-1].edge, *(get_gradient_edge(theta[i]) for i in layers.rest)]
+        cotangent, *slopes = th.autograd.grad(value, ends, retain_graph=self.is_one_graph)
+        return layers.join(layers.jacobian.vjp(cotangent), slopes)
 
 
 class Surrogate(RolloutObjective):

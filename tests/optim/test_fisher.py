@@ -121,6 +121,15 @@ def test_fast_path_is_the_dense_hessian_too(make_case, name, net_arch, activatio
     assert_same(dense(product, case.actor), case.mean_kl_hessian())
 
 
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize("name", MLPS)
+def test_gradient_by_layers_is_that_of_the_graph(make_case, name, chunk_size):
+    case = make_case(name)
+    fast, general = case.surrogate(chunk_size, mlp=mlp_of(case)), case.surrogate(chunk_size)
+    assert all(fast.layerwise(new) is not None for _, _, new in fast.linearized())
+    assert_same(fast.gradient(), general.gradient(), atol=1e-12)
+
+
 def test_operator_takes_the_fast_path_chunk_by_chunk(make_case):
     case = make_case("box")
     v = th.randn_like(flatten(case.actor))
