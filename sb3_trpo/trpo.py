@@ -37,9 +37,11 @@ from sb3_trpo.optim.line_search import (
     Evaluation,
     LineSearchResult,
     LineSearchStatus,
+    first_fraction,
     max_step_length,
     search_along,
     undamped_curvature,
+    updated_kl_ratio,
 )
 from sb3_trpo.optim.moments import moments
 from sb3_trpo.optim.objective import Surrogate
@@ -150,6 +152,8 @@ class TRPO(ResumableAlgorithm):
     #: Training ends with an error after so many updates in a row that came to a NaN or an infinity, and were undone.
     max_failed_updates: int = 10
     _failed_updates: int = 0
+    #: True over quadratic KL of recent steps: where the line search starts.
+    _kl_ratio: float = 1.0
     #: Names of the constructor arguments that the user gave.
     _given_arguments: frozenset[str] = frozenset()
     #: How the family of policies is built and called.
@@ -526,7 +530,9 @@ class TRPO(ResumableAlgorithm):
         """
         if not is_step(step):
             return LineSearchResult(LineSearchStatus.SKIPPED, 0.0, 0, start)
-        return search_along(
+        # The full step's quadratic KL is δ if no other step shares the region.
+        fills_region = start.kl == 0.0 and self.n_policy_updates == 1 and self.policy_batch_size is None
+        search = search_along(
             step,
             surrogate.model.parameters,
             surrogate.evaluate,
@@ -537,7 +543,11 @@ class TRPO(ResumableAlgorithm):
             max_iter=self.line_search_max_iter,
             min_improvement=self.line_search_accept_ratio * expected,
             slope=expected,
+            first=first_fraction(self._kl_ratio) if fills_region else 1.0,
         )
+        if fills_region:
+            self._kl_ratio = updated_kl_ratio(self._kl_ratio, search, self._current_target_kl)
+        return search
 
     def _fit_critic(
         self, adapter: PolicyAdapter, batch: RolloutBatch, actor: Sequence[nn.Parameter], tracked: Sequence[nn.Module] = ()

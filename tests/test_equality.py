@@ -46,6 +46,14 @@ ROWS: dict[str, Row] = {
     "image_discrete": Row(image(1), DISCRETE, arguments=CNN, policy_kwargs=SMALL_CNN),
     "image_box_3_channels": Row(image(3), arguments=CNN, policy_kwargs=SMALL_CNN),
     "image_box_4_channels": Row(image(4), arguments=CNN, policy_kwargs=SMALL_CNN),
+    "image_separate_extractors": Row(
+        image(3), DISCRETE, arguments=CNN, policy_kwargs={**SMALL_CNN, "share_features_extractor": False}
+    ),
+    "image_own_layers": Row(image(1), DISCRETE, extractor=rows.SmallCNN, arguments=CNN),
+    "image_own_layers_pooled": Row(image(1), extractor=rows.PooledCNN, arguments=CNN),
+    "image_layer_norm": Row(image(1), DISCRETE, extractor=rows.NormedCNN, arguments=CNN),
+    "image_residual": Row(image(1), DISCRETE, extractor=rows.ResidualCNN, arguments=CNN),
+    "image_hook": Row(image(1), DISCRETE, prepare=rows.hook_layer, extractor=rows.SmallCNN, arguments=CNN),
     "relu": Row(policy_kwargs={"activation_fn": nn.ReLU}),
     "elu_separate_extractors": Row(policy_kwargs={"activation_fn": nn.ELU, "share_features_extractor": False}),
     "no_hidden_layer": Row(policy_kwargs={"net_arch": []}),

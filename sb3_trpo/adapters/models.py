@@ -17,7 +17,7 @@ from stable_baselines3.common.distributions import (
     MultiCategoricalDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor, NatureCNN
 from torch import nn
 
 from sb3_trpo.actions import BoundedActionPolicy, TanhGaussianDistribution
@@ -28,6 +28,7 @@ from sb3_trpo.optim.kfac import kfac_layers
 from sb3_trpo.optim.mlp import MLP, as_mlp, recorded_calls
 from sb3_trpo.optim.objective import Model, ModelOutput
 from sb3_trpo.optim.plain import are_original, has_patched_methods, is_plain
+from sb3_trpo.optim.sequential import Sequential, as_sequential
 
 PolicyFunction = Callable[[Inputs], Distribution]
 ValueFunction = Callable[[Inputs], th.Tensor]
@@ -98,7 +99,8 @@ def actor_model(policy: nn.Module, distribution: PolicyFunction, inputs: Inputs)
     def forward(batch: RolloutBatch, layers: Sequence[nn.Module]) -> ModelOutput:
         return policy_output(distribution, batch, layers)
 
-    return Model(forward, theta, kfac_layers(policy, theta), actor_mlp(policy))
+    mlp = actor_mlp(policy)
+    return Model(forward, theta, kfac_layers(policy, theta), mlp, None if mlp else actor_sequential(policy))
 
 
 def critic_model(policy: nn.Module, values: ValueFunction, critic: list[nn.Parameter]) -> Model:
@@ -114,22 +116,68 @@ def critic_model(policy: nn.Module, values: ValueFunction, critic: list[nn.Param
     def forward(batch: RolloutBatch, layers: Sequence[nn.Module]) -> ModelOutput:
         return value_output(values, batch, layers)
 
-    return Model(forward, critic, kfac_layers(policy, critic), critic_mlp(policy))
+    mlp = critic_mlp(policy)
+    return Model(forward, critic, kfac_layers(policy, critic), mlp, None if mlp else critic_sequential(policy))
 
 
-def _is_standard(policy: nn.Module, methods: Sequence[str], extractor: str, network: str) -> bool:
-    """Whether the policy feeds flat features to a part of an MlpExtractor as SB3's own class does, through these methods."""
+def _is_standard(policy: nn.Module, methods: Sequence[str]) -> bool:
+    """Whether the policy is one of SB3's, unchanged in these methods and in all its modules."""
     return (
         isinstance(policy, STANDARD_POLICIES)
         and is_plain(policy)
-        and type(policy.mlp_extractor) is MlpExtractor
-        and type(getattr(policy.mlp_extractor, network)) is nn.Sequential
-        and _only_flattens(getattr(policy, extractor))
         and all(
             getattr(type(policy), method) in [getattr(standard, method) for standard in STANDARD_POLICIES]
             for method in methods
         )
     )
+
+
+def _feeds_flat(policy: nn.Module, extractor: str, network: str) -> bool:
+    """Whether the policy feeds flat features to a part of an MlpExtractor."""
+    return (
+        type(policy.mlp_extractor) is MlpExtractor
+        and type(getattr(policy.mlp_extractor, network)) is nn.Sequential
+        and _only_flattens(getattr(policy, extractor))
+    )
+
+
+def _is_standard_actor(policy: nn.Module) -> bool:
+    """Whether the distribution is made of the action net's output as in SB3's policy, with no other parameter but log_std."""
+    if not _is_standard(policy, ["get_distribution", "extract_features", "_get_action_dist_from_latent"]):
+        return False
+    family: type = type(policy.action_dist)  # a subclass may have other parameters
+    return family in STATE_INDEPENDENT_NOISE and not has_patched_methods(policy.action_dist) and are_original(family)
+
+
+def _is_standard_critic(policy: nn.Module) -> bool:
+    """Whether the value is the value net's output as in SB3's policy."""
+    return _is_standard(policy, ["predict_values", "extract_features"])
+
+
+def actor_sequential(policy: nn.Module) -> Sequential | None:
+    """
+    Return the modules that may lie one after another between observation and action distribution.
+
+    :param policy: any policy
+    :return: the modules; None if the policy is not SB3's standard policy, whatever its extractor
+    """
+    if not _is_standard_actor(policy):
+        return None
+    is_nature = type(policy.pi_features_extractor) is NatureCNN
+    return as_sequential(policy, policy.action_net, channels_last=is_nature)  # type: ignore[arg-type]
+
+
+def critic_sequential(policy: nn.Module) -> Sequential | None:
+    """
+    Return the modules that may lie one after another between observation and value.
+
+    :param policy: any policy
+    :return: the modules; None if the policy is not SB3's standard policy, whatever its extractor
+    """
+    if not _is_standard_critic(policy):
+        return None
+    is_nature = type(policy.vf_features_extractor) is NatureCNN
+    return as_sequential(policy, policy.value_net, channels_last=is_nature)  # type: ignore[arg-type]
 
 
 def _only_flattens(extractor: nn.Module) -> bool:
@@ -146,11 +194,7 @@ def actor_mlp(policy: nn.Module) -> MLP | None:
     :param policy: any policy
     :return: the MLP, or None if the policy is not SB3's standard MLP policy, unchanged
     """
-    methods = ["get_distribution", "extract_features", "_get_action_dist_from_latent"]
-    if not _is_standard(policy, methods, "pi_features_extractor", "policy_net"):
-        return None
-    family: type = type(policy.action_dist)  # a subclass may have other parameters
-    if family not in STATE_INDEPENDENT_NOISE or has_patched_methods(policy.action_dist) or not are_original(family):
+    if not (_is_standard_actor(policy) and _feeds_flat(policy, "pi_features_extractor", "policy_net")):
         return None
     return as_mlp([*policy.mlp_extractor.policy_net, policy.action_net])  # type: ignore[union-attr,misc,list-item]
 
@@ -162,7 +206,7 @@ def critic_mlp(policy: nn.Module) -> MLP | None:
     :param policy: any policy
     :return: the MLP, or None if the policy is not SB3's standard MLP policy, unchanged
     """
-    if not _is_standard(policy, ["predict_values", "extract_features"], "vf_features_extractor", "value_net"):
+    if not (_is_standard_critic(policy) and _feeds_flat(policy, "vf_features_extractor", "value_net")):
         return None
     return as_mlp([*policy.mlp_extractor.value_net, policy.value_net])  # type: ignore[union-attr,misc,list-item]
 

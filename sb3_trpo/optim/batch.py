@@ -1,7 +1,7 @@
 """A rollout as tensors: observations, actions, advantages and returns."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch as th
@@ -46,6 +46,7 @@ class RolloutBatch:
     :param ratios: π(a|s) / π_collecting(a|s) where another policy π is the old one, shape ``(n_states,)``; None for all 1
     :param ids: index of each state in the whole rollout, shape ``(n_states,)``; None for 0, 1, 2, …
     :param ranks: the processes that hold shards of the rollout
+    :param shared: what was computed from the observations, for whoever sees the same ones
     """
 
     inputs: Inputs
@@ -57,6 +58,7 @@ class RolloutBatch:
     ratios: th.Tensor | None = None
     ids: th.Tensor | None = None
     ranks: Reduction = SINGLE_PROCESS
+    shared: dict[Hashable, tuple[th.Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def select(self, index: slice | th.Tensor) -> "RolloutBatch":
         """
@@ -80,6 +82,7 @@ class RolloutBatch:
             weights=part(self.weights),
             ratios=None if self.ratios is None else part(self.ratios),
             ids=part(self.state_ids),
+            shared=self.shared if isinstance(index, slice) else {},
         )
 
     @property
@@ -182,7 +185,10 @@ class RolloutBatch:
         :param max_size: most states to encode at once
         :return: the batch of features
         """
-        return replace(self, inputs=th.cat([encode(chunk.inputs) for chunk in self.chunks(max_size)]))
+        features = [encode(chunk.inputs) for chunk in self.chunks(max_size)]
+        if len(features) > 1:
+            return replace(self, inputs=th.cat(features), shared={})
+        return replace(self, inputs=features[0])
 
 
 def normalize_advantages(batch: RolloutBatch) -> RolloutBatch:

@@ -10,12 +10,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch as th
-from torch.distributions import Normal
 
 from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.optim.conjugate_gradient import LinearMap
 from sb3_trpo.optim.distributions import fisher_metric, has_closed_form, joint_kl, outputs
-from sb3_trpo.optim.mlp import MLPJacobian
+from sb3_trpo.optim.layerwise import Layerwise
 from sb3_trpo.optim.objective import Model, ModelOutput, RolloutObjective
 from sb3_trpo.optim.parameters import flatten, shifted, unflatten
 
@@ -82,7 +81,7 @@ def fisher_product(objective: RolloutObjective, chunk: RolloutBatch, old: ModelO
     :param new: π_θ on them with its graph, θ = θ_old
     :return: the product, for flat vectors
     """
-    fast = mlp_fisher_product(objective.model, new, chunk.weights)
+    fast = layerwise_fisher_product(objective.model, new, chunk.weights, objective.layerwise(new))
     if fast is not None:
         return fast
     if has_closed_form(new.components):
@@ -90,47 +89,31 @@ def fisher_product(objective: RolloutObjective, chunk: RolloutBatch, old: ModelO
     return KLHessianProduct(objective, chunk, old, new)
 
 
-def mlp_fisher_product(model: Model, new: ModelOutput, weights: th.Tensor) -> LinearMap | None:
+def layerwise_fisher_product(
+    model: Model, new: ModelOutput, weights: th.Tensor, layers: Layerwise | None = None
+) -> LinearMap | None:
     """
-    v ↦ E[Jᵀ M J v] for an MLP whose output is the distribution's location or logits.
+    v ↦ E[Jᵀ M J v] for a network of successive layers whose output is the distribution's location or logits.
 
     The only other parameter may be the state-independent ``log_std`` of a Gaussian, whose Fisher block is 2I.
 
     :param model: the policy
-    :param new: the policy on the states, with the calls of the MLP's layers
+    :param new: the policy on the states, with the calls of the network's modules
     :param weights: weight of each state in the mean, shape ``(n_states,)``
-    :return: the product, for flat vectors; None if θ is not the MLP's parameters and ``log_std``
+    :param layers: their linearization, if there is one already
+    :return: the product, for flat vectors; None if θ is not the layers' parameters and ``log_std``
     """
-    mlp, actor = model.mlp, model.parameters
-    if mlp is None:
+    found = layers or Layerwise.of(model, new)
+    if found is None:
         return None
-    position = {id(parameter): i for i, parameter in enumerate(actor)}
-    in_mlp = [position.get(id(parameter), -1) for parameter in mlp.parameters]
-    rest = [i for i in range(len(actor)) if i not in in_mlp]
-    is_gaussian = isinstance(new.components[0], Normal)
-    has_log_std = is_gaussian and outputs(new.components)[1].requires_grad
-    widths = [z.shape[1] for z in outputs(new.components)][: 1 if is_gaussian else None]
-    rest_fits = [actor[i].shape for i in rest] == ([th.Size(widths)] if has_log_std else [])
-    if (
-        -1 in in_mlp
-        or len(set(in_mlp)) < len(in_mlp)
-        or not rest_fits
-        or [call.layer for call in new.calls] != mlp.layers
-        or any(call.output.dtype != actor[0].dtype for call in new.calls)  # autocast
-    ):
-        return None
-    jacobian = MLPJacobian(new.calls, mlp.activations)
-    column = weights.unsqueeze(1)
+    column, total = weights.unsqueeze(1), 2.0 * weights.sum()
 
     def product(v: th.Tensor) -> th.Tensor:
-        tangents = unflatten(v, actor)
-        moved = jacobian.jvp([tangents[i] for i in in_mlp]).split(widths, dim=1)
-        metric = fisher_metric(new.components, [*moved, th.zeros_like(moved[0])] if is_gaussian else moved)
-        pulled = jacobian.vjp(th.cat(metric[: len(widths)], dim=1) * column)
-        products = [2.0 * weights.sum() * tangent for tangent in tangents]
-        for i, part in zip(in_mlp, pulled, strict=True):
-            products[i] = part
-        return flatten(products)
+        tangents = unflatten(v, model.parameters)
+        moved = found.jacobian.jvp([tangents[i] for i in found.positions]).split(found.widths, dim=1)
+        metric = fisher_metric(new.components, [*moved, th.zeros_like(moved[0])] if found.is_gaussian else moved)
+        pulled = found.jacobian.vjp(th.cat(metric[: len(found.widths)], dim=1) * column)
+        return found.join(pulled, [total * tangents[i] for i in found.rest])
 
     return product
 

@@ -17,9 +17,13 @@ from torch.nn import functional as F
 from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.optim.distributions import fisher_root, outputs
 from sb3_trpo.optim.fisher import GGNProduct
-from sb3_trpo.optim.mlp import LayerCall
+from sb3_trpo.optim.layerwise import Layerwise
+from sb3_trpo.optim.mlp import LayerCall, MLPJacobian
 from sb3_trpo.optim.objective import ModelOutput, RolloutObjective
 from sb3_trpo.optim.parameters import flatten, unflatten
+
+#: Width from which symmetry saves more than the smaller products cost.
+MIN_SPLIT_WIDTH = 192
 
 
 class Factors(NamedTuple):
@@ -69,8 +73,8 @@ def _parameters(layer: nn.Module) -> list[nn.Parameter]:
     return [weight] if bias is None else [weight, bias]  # type: ignore[list-item]
 
 
-def _rows(call: LayerCall) -> th.Tensor:
-    """ā of every input and position, shape ``(n, n_positions, n_inputs (+ 1))``."""
+def _inputs(call: LayerCall) -> th.Tensor:
+    """a of every input and position, shape ``(n, n_positions, n_inputs)``."""
     layer = call.layer
     inputs = call.input.to(_factor_dtype(layer))
     if isinstance(layer, nn.Conv2d):
@@ -78,11 +82,35 @@ def _rows(call: LayerCall) -> th.Tensor:
         if isinstance(layer.padding, str):
             inputs = F.pad(inputs, layer._reversed_padding_repeated_twice)
         padding = 0 if isinstance(layer.padding, str) else layer.padding
-        rows = F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
-    else:
-        inputs = inputs if inputs.ndim > 1 else inputs.unsqueeze(0)
-        rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
-    return rows if layer.bias is None else F.pad(rows, (0, 1), value=1.0)
+        return F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
+    inputs = inputs if inputs.ndim > 1 else inputs.unsqueeze(0)
+    return inputs.reshape(len(inputs), -1, inputs.shape[-1])
+
+
+def _rows(inputs: th.Tensor, scale: th.Tensor, has_bias: bool) -> th.Tensor:
+    """ā times a factor for each input, shape ``(n · n_positions, n_inputs (+ 1))``."""
+    if not has_bias:
+        return (inputs * scale).flatten(end_dim=1)
+    *shape, width = inputs.shape
+    rows = inputs.new_empty(*shape, width + 1)
+    th.mul(inputs, scale, out=rows[..., :width])
+    rows[..., width:] = scale
+    return rows.flatten(end_dim=1)
+
+
+def gram(rows: th.Tensor) -> th.Tensor:
+    """
+    XᵀX, whose blocks below the diagonal are copies of those above it.
+
+    :param rows: X, shape ``(n, width)``
+    :return: the product, shape ``(width, width)``
+    """
+    width = rows.shape[1]
+    if width < MIN_SPLIT_WIDTH:
+        return rows.t() @ rows
+    left, right = rows[:, : width // 2], rows[:, width // 2 :]
+    beside = left.t() @ right
+    return th.cat([th.cat([gram(left), beside], dim=1), th.cat([beside.t(), gram(right)], dim=1)])
 
 
 def _factor_dtype(layer: nn.Module) -> th.dtype:
@@ -90,7 +118,7 @@ def _factor_dtype(layer: nn.Module) -> th.dtype:
     return th.promote_types(_parameters(layer)[0].dtype, th.float32)
 
 
-def call_factors(call: LayerCall, gradient: th.Tensor, weights: th.Tensor) -> Factors:
+def call_factors(call: LayerCall, gradient: th.Tensor, weights: th.Tensor, A: th.Tensor | None = None) -> Factors:
     """
     Share of one call in its layer's factors.
 
@@ -100,17 +128,18 @@ def call_factors(call: LayerCall, gradient: th.Tensor, weights: th.Tensor) -> Fa
     :param call: the call
     :param gradient: g, shaped as the call's output
     :param weights: share of each state in the mean, shape ``(n_states,)``
+    :param A: the sum of ā āᵀ, if it is known
     :return: weighted sums of ā āᵀ and g gᵀ
     """
-    a = _rows(call)
-    g = gradient.to(a.dtype)
-    g = g.flatten(start_dim=-2).transpose(-1, -2) if isinstance(call.layer, nn.Conv2d) else g
-    n_inputs, n_positions, _ = a.shape
+    inputs = _inputs(call)
+    n_inputs, n_positions, _ = inputs.shape
     n_states = weights.shape[0]
-    share = (weights.view(-1, 1, 1) if n_inputs == n_states else weights.mean()).to(a.dtype)
-    g = g.reshape(n_inputs, n_positions, -1)
-    A = (a * share).flatten(end_dim=1).t() @ a.flatten(end_dim=1)
-    G = (g * share).flatten(end_dim=1).t() @ g.flatten(end_dim=1)
+    root = (weights.view(-1, 1, 1) if n_inputs == n_states else weights.mean()).to(inputs.dtype).sqrt()
+    g = gradient.to(inputs.dtype)
+    g = g.flatten(start_dim=-2).transpose(-1, -2) if isinstance(call.layer, nn.Conv2d) else g
+    G = gram((g.reshape(n_inputs, n_positions, -1) * root).flatten(end_dim=1))
+    if A is None:
+        A = gram(_rows(inputs, root, call.layer.bias is not None))
     return Factors(A, G / (max(n_inputs * n_positions, 1) / n_states))
 
 
@@ -158,10 +187,13 @@ class KFACPreconditioner:
     def __init__(self, objective: RolloutObjective, damping: float) -> None:
         self._actor = actor = objective.model.parameters
         index = {id(parameter): position for position, parameter in enumerate(actor)}
+        layers = set(objective.model.layers)
         sums: dict[nn.Module, Factors] = {}
         row_sums: th.Tensor | None = None
         for chunk, _, new in objective.linearized():
-            for layer, factors in _chunk_factors(chunk, new):
+            calls = [call for call in new.calls if call.layer in layers]
+            layerwise = objective.layerwise(new)
+            for layer, factors in _chunk_factors(chunk, new, calls, layerwise):
                 sums[layer] = Factors(*map(th.add, sums[layer], factors)) if layer in sums else factors
             if row_sums is None:  # parameters without factors in the first chunk have the diagonal
                 self._positions = {layer: [index[id(p)] for p in _parameters(layer)] for layer in sums}
@@ -169,7 +201,9 @@ class KFACPreconditioner:
                 self._rest = [position for position in range(len(actor)) if position not in factored]
                 rest = [actor[position] for position in self._rest]
                 row_sums = flatten([actor[0].new_zeros(0), *(th.zeros_like(p, requires_grad=False) for p in rest)])
-            if rest:
+            if rest and layerwise is not None:
+                row_sums += 2.0 * chunk.weights.sum()  # log_std
+            elif rest:
                 row_sums += GGNProduct(objective, chunk, new, rest)(th.ones_like(row_sums))
         assert row_sums is not None, "a rollout has at least one chunk"
         factors_of = [sums[layer] for layer in self._positions]
@@ -218,23 +252,46 @@ def random_signs(ids: th.Tensor, width: int) -> th.Tensor:
     return 1 - 2 * ((bits ^ (bits >> 31)) & 1)
 
 
-def _chunk_factors(chunk: RolloutBatch, new: ModelOutput) -> Iterator[tuple[nn.Module, Factors]]:
-    if not new.calls:
+def _chunk_factors(
+    chunk: RolloutBatch, new: ModelOutput, calls: Sequence[LayerCall], layers: Layerwise | None
+) -> Iterator[tuple[nn.Module, Factors]]:
+    if not calls:
         return
+    for call, gradient in zip(calls, _output_gradients(chunk, new, calls, layers), strict=True):
+        if gradient is not None:
+            yield call.layer, _share_factors(call, gradient, chunk)
+
+
+def _share_factors(call: LayerCall, gradient: th.Tensor, chunk: RolloutBatch) -> Factors:
+    """Factors of a call, whose A is computed once for all layers that see the observations themselves."""
+    inputs, observations, weights = call.input, chunk.inputs, chunk.weights
+    if not (isinstance(observations, th.Tensor) and inputs.data_ptr() == observations.data_ptr()):
+        return call_factors(call, gradient, weights)
+    memory = [(tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype) for tensor in (inputs, weights)]
+    key = (type(call.layer), call.layer.bias is None, *memory)
+    A = chunk.shared[key][0] if key in chunk.shared else None
+    factors = call_factors(call, gradient, weights, A)
+    chunk.shared[key] = factors.A, inputs, weights  # nothing else may take their place in memory
+    return factors
+
+
+def _output_gradients(
+    chunk: RolloutBatch, new: ModelOutput, calls: Sequence[LayerCall], layers: Layerwise | None
+) -> Sequence[th.Tensor | None]:
+    """g of each call, for one draw of the actions; None for a call that the distribution does not depend on."""
     z = outputs(new.components)
     widths = [tensor[0].numel() for tensor in z]
     # What comes after a state in its sequence, padding too, reaches the layers below a memory.
     signs = random_signs(chunk.state_ids, sum(widths)) * chunk.mask.unsqueeze(1)
     noise = [part.to(like.dtype).view_as(like) for part, like in zip(signs.split(widths, dim=1), z, strict=True)]
     cotangents = fisher_root(new.components, noise)
+    if layers is not None and isinstance(layers.jacobian, MLPJacobian):
+        return layers.jacobian.cotangents(th.cat(cotangents[: len(layers.widths)], dim=1))
     variable = [position for position, tensor in enumerate(z) if tensor.requires_grad]
-    gradients = th.autograd.grad(
+    return th.autograd.grad(
         [z[position] for position in variable],
-        [call.edge for call in new.calls],
+        [call.edge for call in calls],
         [cotangents[position] for position in variable],
         retain_graph=True,
         allow_unused=True,
     )
-    for call, gradient in zip(new.calls, gradients, strict=True):
-        if gradient is not None:
-            yield call.layer, call_factors(call, gradient, chunk.weights)

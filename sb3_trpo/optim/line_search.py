@@ -9,6 +9,11 @@ import torch as th
 
 from sb3_trpo.optim.parameters import Snapshot, assign, flatten
 
+#: Share of the trust region at which the first point aims; the rest leaves room for the error of the prediction.
+AIM = 0.97
+#: Weight of the latest update in the ratio of true to quadratic KL.
+NEWEST = 0.2
+
 
 class LineSearchStatus(str, Enum):
     """How the search for a step ended."""
@@ -77,6 +82,34 @@ def undamped_curvature(damped: float, damping: float, square_norm: float) -> flo
     return max(damped - damping * square_norm, 0.01 * damped)
 
 
+def first_fraction(kl_ratio: float) -> float:
+    """
+    Fraction of the full step at which the KL is expected just inside the trust region.
+
+    :param kl_ratio: true over quadratic KL of a step, as recent updates measured it
+    :return: √(0.97 / ``kl_ratio``), at most 1
+    """
+    return min(1.0, math.sqrt(AIM / kl_ratio))
+
+
+def updated_kl_ratio(kl_ratio: float, result: "LineSearchResult", target_kl: float) -> float:
+    """
+    Moving average of the ratio of true to quadratic KL, by which :func:`first_fraction` predicts the next update's.
+
+    Points far inside the region say little of the KL at its boundary and do not count. A measured ratio counts as at most 2
+    and at least ½.
+
+    :param kl_ratio: the average so far
+    :param result: a line search from θ_old along a step whose quadratic KL is δ
+    :param target_kl: δ in nats
+    :return: the new average
+    """
+    if result.outcome is not LineSearchStatus.ACCEPTED or result.fraction < 0.5:
+        return kl_ratio
+    measured = result.point.kl / (result.fraction**2 * target_kl)
+    return kl_ratio + NEWEST * (min(max(measured, 0.5), 2.0) - kl_ratio)
+
+
 def backtracking_line_search(
     evaluate: Callable[[float], Evaluation],
     start: Evaluation,
@@ -86,6 +119,7 @@ def backtracking_line_search(
     max_iter: int,
     min_improvement: float = 0.0,
     slope: float = 0.0,
+    first: float = 1.0,
 ) -> LineSearchResult:
     """
     The first of ever smaller fractions whose point improves the objective inside the trust region.
@@ -104,9 +138,10 @@ def backtracking_line_search(
     :param min_improvement: least improvement of the objective by the full step, and by a fraction of it in proportion; it
         must be above 0 in any case
     :param slope: improvement by the full step if the objective were linear; 0 if unknown
+    :param first: fraction of the first point
     :return: the accepted point, or a rejection; the caller restores θ then
     """
-    fraction = 1.0
+    fraction = first
     for backtracks in range(max_iter):
         point = evaluate(fraction)
         improvement = point.objective - start.objective

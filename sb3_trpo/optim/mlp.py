@@ -23,12 +23,14 @@ class LayerCall(NamedTuple):
     :param input: its input, of any batch shape, detached
     :param output: its output
     :param edge: edge of the graph at the output, unchanged by later in-place operations
+    :param source: edge at the input; None if the input depends on no parameter
     """
 
     layer: nn.Module
     input: th.Tensor
     output: th.Tensor
     edge: GradientEdge
+    source: GradientEdge | None = None
 
 
 @contextmanager
@@ -44,7 +46,8 @@ def recorded_calls(layers: Sequence[nn.Module]) -> Iterator[list[LayerCall]]:
     def record(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: th.Tensor) -> None:
         if output.requires_grad:
             inputs = arguments[0] if arguments else keywords["input"]
-            calls.append(LayerCall(layer, inputs.detach(), output, get_gradient_edge(output)))
+            source = get_gradient_edge(inputs) if inputs.requires_grad else None
+            calls.append(LayerCall(layer, inputs.detach(), output, get_gradient_edge(output), source))
 
     # Before the user's own hooks, which may change the output.
     handles = [layer.register_forward_hook(record, prepend=True, with_kwargs=True) for layer in layers]
@@ -98,10 +101,12 @@ class MLPJacobian:
     """
 
     def __init__(self, calls: Sequence[LayerCall], activations: Sequence[nn.Module]) -> None:
+        #: Weight and bias of each layer, alternating.
+        self.parameters = [parameter for call in calls for parameter in (call.layer.weight, call.layer.bias)]
         self._inputs = [call.input.flatten(start_dim=1) for call in calls]
         self._weights = [call.layer.weight.detach() for call in calls]  # type: ignore[operator]
         self._slopes = [
-            _slope(activation, call.output, after)
+            slope(activation, call.output, after)
             for activation, call, after in zip(activations, calls[:-1], self._inputs[1:], strict=True)
         ]
 
@@ -115,9 +120,14 @@ class MLPJacobian:
         hidden: th.Tensor | None = None
         last = len(self._weights) - 1
         for i, (inputs, weight) in enumerate(zip(self._inputs, self._weights, strict=True)):
-            moved = th.addmm(tangents[2 * i + 1], inputs, tangents[2 * i].t())
-            if hidden is not None:
-                moved.addmm_(hidden, weight.t())
+            slopes, bias = tangents[2 * i], tangents[2 * i + 1]
+            if i == last and len(bias) < len(inputs.t()):
+                # BLAS takes half as long for few outputs if their factor is the first.
+                moved = th.addmm(bias.unsqueeze(1), slopes, inputs.t())
+                moved = (moved if hidden is None else moved.addmm_(weight, hidden.t())).t()
+            else:
+                moved = th.addmm(bias, inputs, slopes.t())
+                moved = moved if hidden is None else moved.addmm_(hidden, weight.t())
             hidden = moved if i == last else moved.mul_(self._slopes[i])
         assert hidden is not None
         return hidden
@@ -130,18 +140,42 @@ class MLPJacobian:
         :return: Jᵀ u, one tensor for each layer's weight and bias, alternating
         """
         gradients: list[th.Tensor] = []
-        for i in range(len(self._weights) - 1, -1, -1):
-            gradients += [cotangent.sum(dim=0), cotangent.t() @ self._inputs[i]]
-            if i > 0:
-                cotangent = (cotangent @ self._weights[i]).mul_(self._slopes[i - 1])
-        return gradients[::-1]
+        for part, inputs in zip(self.cotangents(cotangent), self._inputs, strict=True):
+            gradients += [_outer(part, inputs), part.sum(dim=0)]
+        return gradients
+
+    def cotangents(self, cotangent: th.Tensor) -> list[th.Tensor]:
+        """
+        Pull a cotangent of the output back to the outputs of all layers.
+
+        :param cotangent: u, shape ``(n_states, n_outputs)``
+        :return: one for each layer
+        """
+        parts = [cotangent]
+        for weight, slopes in zip(self._weights[:0:-1], self._slopes[::-1], strict=True):
+            parts.append((parts[-1] @ weight).mul_(slopes))
+        return parts[::-1]
 
 
-def _slope(activation: nn.Module, before: th.Tensor, after: th.Tensor) -> th.Tensor:
-    """φ' where φ maps ``before`` to ``after``."""
+def _outer(left: th.Tensor, right: th.Tensor) -> th.Tensor:
+    """LᵀR of two matrices with a row for each state. BLAS takes up to six times as long if the first factor is the wider."""
+    return left.t() @ right if left.shape[1] <= right.shape[1] else (right.t() @ left).t()
+
+
+def slope(activation: nn.Module, before: th.Tensor, after: th.Tensor) -> th.Tensor:
+    """
+    Differentiate an element-wise activation.
+
+    :param activation: φ
+    :param before: its input
+    :param after: its output, detached
+    :return: φ', shaped as the input
+    """
     if isinstance(activation, nn.Tanh):  # the default, and the one whose derivative is cheap to read off its value
         return 1.0 - after.square()
+    if isinstance(activation, nn.ReLU):
+        return (after > 0).to(after.dtype)
     with th.enable_grad():
         before = before.detach().requires_grad_()
-        (slope,) = th.autograd.grad(activation(before).sum(), before)
-    return slope
+        (slopes,) = th.autograd.grad(activation(before).sum(), before)
+    return slopes

@@ -8,14 +8,17 @@ from typing import NamedTuple
 
 import torch as th
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sb3_trpo.optim.batch import RolloutBatch
+from sb3_trpo.optim.batch import RolloutBatch, map_inputs
 from sb3_trpo.optim.distributions import Components, constant, detach, has_closed_form, joint_kl
+from sb3_trpo.optim.layerwise import Layerwise
 from sb3_trpo.optim.line_search import Evaluation
 from sb3_trpo.optim.mlp import MLP, LayerCall
 from sb3_trpo.optim.parameters import flatten
 from sb3_trpo.optim.reduction import Reduction
+from sb3_trpo.optim.sequential import Sequential, to_channels_last
 
 
 class ModelOutput(NamedTuple):
@@ -52,12 +55,19 @@ class Model:
     :param parameters: θ
     :param layers: the layers with a Kronecker-factored Fisher block
     :param mlp: the layers between observation and output, if they are a plain MLP
+    :param sequential: the modules between observation and output, if they may be applied one after another
     """
 
     forward: Callable[[RolloutBatch, Sequence[nn.Module]], ModelOutput]
     parameters: Sequence[nn.Parameter]
     layers: Sequence[nn.Module] = ()
     mlp: MLP | None = None
+    sequential: Sequential | None = None
+
+    @property
+    def recorded(self) -> Sequence[nn.Module]:
+        """The modules whose calls derivatives need."""
+        return self.layers if self.sequential is None else self.sequential.modules
 
 
 class RolloutObjective:
@@ -77,7 +87,7 @@ class RolloutObjective:
         #: Whether products by differentiating twice proved right; None before the first.
         self.is_twice_differentiable: bool | None = None
         self._chunks = batch.chunks(chunk_size)
-        self._only_graph = self.forward(self._chunks[0], model.layers) if len(self._chunks) == 1 else None
+        self._only_graph = self.forward(self._chunks[0], model.recorded) if len(self._chunks) == 1 else None
         if self._only_graph is not None and has_closed_form(self._only_graph.components):
             self._old = [self._only_graph.detached()]
         else:
@@ -93,6 +103,8 @@ class RolloutObjective:
         :param layers: layers whose calls to record
         :return: the model on the states
         """
+        if self.model.sequential is not None and self.model.sequential.channels_last:
+            chunk = replace(chunk, inputs=map_inputs(to_channels_last, chunk.inputs))
         # The fused kernels of attention have no second derivative; an MLP has no attention.
         with nullcontext() if self.model.mlp else sdpa_kernel(SDPBackend.MATH):
             return self.model.forward(chunk, layers)
@@ -121,15 +133,36 @@ class RolloutObjective:
         :return: iterator over (chunk, π_old detached, π_θ with its graph)
         """
         for chunk, old in zip(self._chunks, self._old, strict=True):
-            yield chunk, old, self._only_graph or self.forward(chunk, self.model.layers)
+            yield chunk, old, self._only_graph or self.forward(chunk, self.model.recorded)
+
+    def layerwise(self, new: ModelOutput) -> Layerwise | None:
+        """
+        Linearize the network of a forward pass, once if there is only one.
+
+        :param new: a forward pass of :meth:`linearized`
+        :return: the linearization; None unless the network is known to apply one layer after another
+        """
+        return self._only_layerwise if new is self._only_graph else Layerwise.of(self.model, new)
+
+    @cached_property
+    def _only_layerwise(self) -> Layerwise | None:
+        assert self._only_graph is not None
+        return Layerwise.of(self.model, self._only_graph)
 
     def _gradient(self, function: Callable[[RolloutBatch, ModelOutput, ModelOutput], th.Tensor]) -> th.Tensor:
-        theta = self.model.parameters
-        total = th.zeros_like(flatten(theta), requires_grad=False)
+        total = th.zeros_like(flatten(self.model.parameters), requires_grad=False)
         for chunk, old, new in self.linearized():
-            value = function(chunk, old, new)
-            total += flatten(th.autograd.grad(value, theta, retain_graph=self.is_one_graph, materialize_grads=True))
+            total += self._derivative(function(chunk, old, new), new)
         return self.ranks.sum(total)
+
+    def _derivative(self, value: th.Tensor, new: ModelOutput) -> th.Tensor:
+        """∇value, a function of a forward pass."""
+        theta, layers = self.model.parameters, self.layerwise(new)
+        if layers is None:
+            return flatten(th.autograd.grad(value, theta, retain_graph=self.is_one_graph, materialize_grads=True))
+        ends = [new.calls[-1].edge, *(get_gradient_edge(theta[i]) for i in layers.rest)]
+        cotangent, *slopes = th.autograd.grad(value, ends, retain_graph=self.is_one_graph)
+        return layers.join(layers.jacobian.vjp(cotangent), slopes)
 
 
 class Surrogate(RolloutObjective):

@@ -1,5 +1,6 @@
 """What the attributes in a model's file may be, beside the rules for arguments of the constructor."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -67,6 +68,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("verbose", "sde_sample_freq"), _is_integer),
     **dict.fromkeys(("n_envs", "_stats_window_size", "n_steps"), lambda value: _is_integer(value) and value >= 1),
     **dict.fromkeys(("start_time", "_current_progress_remaining"), _is_number),
+    "_kl_ratio": lambda value: _is_number(value) and 0.0 < value < math.inf,
     **dict.fromkeys(("ep_info_buffer", "ep_success_buffer"), lambda value: value is None or isinstance(value, deque)),
     **dict.fromkeys(("_last_obs", "_last_original_obs", "_last_episode_starts"), _is_observation),
     "use_sde": lambda value: isinstance(value, bool),

@@ -6,7 +6,7 @@ from torch import nn
 
 from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.distributions import has_closed_form
-from sb3_trpo.optim.fisher import FisherOperator, GGNProduct, KLHessianProduct, mlp_fisher_product
+from sb3_trpo.optim.fisher import FisherOperator, GGNProduct, KLHessianProduct, layerwise_fisher_product
 from sb3_trpo.optim.line_search import max_step_length
 from sb3_trpo.optim.mlp import as_mlp
 from sb3_trpo.optim.parameters import assign, flatten
@@ -116,9 +116,18 @@ def test_fast_path_is_the_dense_hessian_too(make_case, name, net_arch, activatio
     case = make_case(name, net_arch=net_arch, activation_fn=activation_fn)
     surrogate = case.surrogate(mlp=mlp_of(case))
     ((chunk, _, new),) = surrogate.linearized()
-    product = mlp_fisher_product(surrogate.model, new, chunk.weights)
+    product = layerwise_fisher_product(surrogate.model, new, chunk.weights)
     assert product is not None
     assert_same(dense(product, case.actor), case.mean_kl_hessian())
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize("name", MLPS)
+def test_gradient_by_layers_is_that_of_the_graph(make_case, name, chunk_size):
+    case = make_case(name)
+    fast, general = case.surrogate(chunk_size, mlp=mlp_of(case)), case.surrogate(chunk_size)
+    assert all(fast.layerwise(new) is not None for _, _, new in fast.linearized())
+    assert_same(fast.gradient(), general.gradient(), atol=1e-12)
 
 
 def test_operator_takes_the_fast_path_chunk_by_chunk(make_case):
@@ -134,9 +143,9 @@ def test_fast_path_is_left_where_parameters_are_not_the_mlps(make_case):
     ((chunk, _, new),) = surrogate.linearized()
     idle = nn.Parameter(th.zeros(2, dtype=th.float64))
     for actor in (case.actor[:-1], [*case.actor, idle], [p for p in case.actor if p is not case.policy.log_std]):
-        assert mlp_fisher_product(replace(surrogate.model, parameters=actor), new, chunk.weights) is None
+        assert layerwise_fisher_product(replace(surrogate.model, parameters=actor), new, chunk.weights) is None
     ((chunk, _, unrecorded),) = case.surrogate().linearized()
-    assert mlp_fisher_product(surrogate.model, unrecorded, chunk.weights) is None
+    assert layerwise_fisher_product(surrogate.model, unrecorded, chunk.weights) is None
 
 
 def test_outputs_that_do_not_move_take_no_part(make_case):

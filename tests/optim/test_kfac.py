@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from itertools import product as all_pairs
@@ -19,6 +20,7 @@ from sb3_trpo.optim.kfac import (
     KFACPreconditioner,
     call_factors,
     damped_inverses,
+    gram,
     kfac_layers,
     random_signs,
 )
@@ -126,6 +128,14 @@ def test_factors_of_a_linear_layer(shape, bias):
     call, slope, weights = random_call(nn.Linear(4, 3, bias=bias), batch(6, *shape))
     for actual, expected in zip(call_factors(call, slope, weights), brute_force_linear(call, slope, weights), strict=True):
         assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("width", [1, 3, 191, 192, 349, 800])
+def test_gram_is_the_symmetric_product(width):
+    rows = th.randn(5, width, dtype=DOUBLE)
+    product = gram(rows)
+    assert_same(product, product.t())
+    assert_same(product, rows.t() @ rows)
 
 
 CONVOLUTIONS = {
@@ -607,3 +617,79 @@ def test_without_recorded_layers_every_parameter_gets_the_diagonal(case):
     assert_same(matrix, th.diag(matrix.diagonal()))
     row_sums = case.mean_kl_hessian().sum(dim=1)
     assert_same(matrix.diagonal(), 1.0 / (row_sums.clamp(min=0.0) + 0.1), 1e-8)
+
+
+# The factor of the observations, which actor and critic share.
+
+
+def mlp_on(batch, n_outputs, bias=True):
+    th.manual_seed(n_outputs)
+    net = nn.Sequential(nn.Linear(4, 5, bias=bias), nn.Tanh(), nn.Linear(5, n_outputs)).double()
+
+    def forward(rollout, recorded):
+        with recorded_calls(recorded) as calls:
+            parts = (Normal(net(rollout.inputs), 1.0),)
+        return ModelOutput(parts, rollout.returns, None, calls)
+
+    return RolloutObjective(
+        Model(forward, list(net.parameters()), kfac_layers(net, list(net.parameters())), as_mlp(list(net))), batch
+    )
+
+
+def rollout_of(n_states=12):
+    inputs, zeros = th.randn(n_states, 4, dtype=DOUBLE), th.zeros(n_states, dtype=DOUBLE)
+    return RolloutBatch(inputs, zeros, zeros, zeros, th.rand(n_states, dtype=DOUBLE))
+
+
+def dense_preconditioner(objective):
+    return dense(KFACPreconditioner(objective, 0.1), len(flatten(objective.model.parameters)))
+
+
+def test_networks_of_the_same_observations_share_their_factor():
+    batch = rollout_of()
+    alone = dense_preconditioner(mlp_on(replace(batch, shared={}), 2))
+    dense_preconditioner(mlp_on(batch, 1))
+    assert len(batch.shared) == 1
+    assert th.equal(dense_preconditioner(mlp_on(batch, 2)), alone)
+    assert len(batch.shared) == 1
+
+
+def test_encoding_that_changes_nothing_keeps_the_shared_factor():
+    batch = rollout_of()
+    encoded = batch.encoded(lambda inputs: inputs.flatten(start_dim=1), None)
+    dense_preconditioner(mlp_on(batch, 2))
+    dense_preconditioner(mlp_on(encoded, 1))
+    assert len(batch.shared) == 1
+
+
+def test_shared_factor_is_of_these_observations_weights_and_bias():
+    """Whatever lies at the same place in memory: observations written over, other weights, the next minibatch."""
+    batch = rollout_of()
+    dense_preconditioner(mlp_on(batch, 2))
+    for other in (replace(batch, weights=th.rand(12, dtype=DOUBLE)), batch.select(slice(6)), batch.select(slice(6, 12))):
+        assert_same(dense_preconditioner(mlp_on(other, 2)), dense_preconditioner(mlp_on(replace(other, shared={}), 2)))
+    without = dense_preconditioner(mlp_on(batch, 2, bias=False))
+    assert_same(without, dense_preconditioner(mlp_on(replace(batch, shared={}), 2, bias=False)))
+    batch.inputs.mul_(2.0)
+    assert_same(dense_preconditioner(mlp_on(batch, 2)), dense_preconditioner(mlp_on(replace(batch, shared={}), 2)))
+    for _ in range(20):
+        sample = batch.sample(th.randperm(12)[:6])
+        assert_same(dense_preconditioner(mlp_on(sample, 2)), dense_preconditioner(mlp_on(replace(sample, shared={}), 2)))
+        del sample
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_in_a_row_give_the_factors_of_the_graph(name):
+    net, inputs = mlp(3, 5, 4, 2), batch(6, 3)
+    by_graph = KFACPreconditioner(forwards(net, FAMILIES[name], inputs), 0.1)
+    by_layers = KFACPreconditioner(forwards(net, FAMILIES[name], inputs, mlp=as_mlp(list(net))), 0.1)
+    v = th.randn_like(flatten(list(net.parameters()))).detach()
+    assert_same(by_layers(v), by_graph(v))
+
+
+def test_layers_in_a_row_and_log_std_have_their_factors_and_row_sums():
+    policy, inputs = WithLogStd(mlp(3, 5, 2), 2).double(), batch(6, 3)
+    by_graph = KFACPreconditioner(forwards(policy, policy.family, inputs), 0.1)
+    by_layers = KFACPreconditioner(forwards(policy, policy.family, inputs, mlp=as_mlp(list(policy.net))), 0.1)
+    v = th.randn_like(flatten(list(policy.parameters()))).detach()
+    assert_same(by_layers(v), by_graph(v))

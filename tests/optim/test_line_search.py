@@ -7,8 +7,10 @@ from sb3_trpo.optim.line_search import (
     LineSearchResult,
     LineSearchStatus,
     backtracking_line_search,
+    first_fraction,
     max_step_length,
     undamped_curvature,
+    updated_kl_ratio,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -217,3 +219,61 @@ def test_rejected_search_reports_where_it_started():
     assert search_from(start, [Evaluation(1.4, 0.05)] * 2, max_iter=2)[0] == LineSearchResult(
         LineSearchStatus.REJECTED, 0.0, 2, start
     )
+
+
+# ---- the first point
+
+
+def test_search_starts_at_the_given_fraction():
+    result, fractions = search_from(START, [OUTSIDE, GOOD], first=0.8)
+    assert fractions == pytest.approx([0.8, 0.8 * 0.99 / 2])
+    assert result.fraction == fractions[1]
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.2, 1.9])
+def test_first_fraction_aims_just_inside_the_trust_region(ratio):
+    assert first_fraction(ratio) ** 2 * ratio == pytest.approx(0.97)
+
+
+def test_first_fraction_is_never_longer_than_the_full_step():
+    assert first_fraction(0.5) == 1.0
+
+
+def test_kl_ratio_learns_a_constant_one_until_one_point_is_enough():
+    """KL = 1.4 · δ · fraction²: the full step is outside at first; later the first point is the last."""
+    ratio, backtracks = 1.0, []
+    for _ in range(20):
+        result = backtracking_line_search(
+            lambda fraction: Evaluation(2.0, 1.4 * TARGET_KL * fraction**2),
+            START,
+            target_kl=TARGET_KL,
+            shrink=0.5,
+            max_iter=5,
+            first=first_fraction(ratio),
+        )
+        backtracks.append(result.backtracks)
+        ratio = updated_kl_ratio(ratio, result, TARGET_KL)
+    assert backtracks[0] == 1
+    assert backtracks[-1] == 0
+    assert ratio == pytest.approx(1.4, abs=0.01)
+    assert result.point.kl == pytest.approx(0.97 * TARGET_KL, rel=0.01)
+
+
+def accepted(fraction, kl):
+    return LineSearchResult(LineSearchStatus.ACCEPTED, fraction, 0, Evaluation(2.0, kl))
+
+
+def test_kl_ratio_is_not_told_by_steps_that_are_short_or_refused():
+    rejected = LineSearchResult(LineSearchStatus.REJECTED, 0.0, 10, START)
+    skipped = LineSearchResult(LineSearchStatus.SKIPPED, 0.0, 0, START)
+    for result in (rejected, skipped, accepted(0.4, TARGET_KL)):
+        assert updated_kl_ratio(1.1, result, TARGET_KL) == 1.1
+
+
+@pytest.mark.parametrize("kl", [-1e-9, 0.0, TARGET_KL])
+def test_kl_ratio_stays_bounded(kl):
+    """At half the step, a KL of δ is a ratio of 4."""
+    ratio = 1.0
+    for _ in range(100):
+        ratio = updated_kl_ratio(ratio, accepted(0.5, kl), TARGET_KL)
+    assert 0.5 <= ratio <= 2.0

@@ -20,7 +20,7 @@ from torch.distributions import Bernoulli, Categorical, Normal
 
 from sb3_trpo.adapters.models import actor_mlp, actor_parameters, critic_mlp, critic_parameters
 from sb3_trpo.optim.batch import RolloutBatch
-from sb3_trpo.optim.fisher import FisherOperator, GGNProduct, mlp_fisher_product
+from sb3_trpo.optim.fisher import FisherOperator, GGNProduct, layerwise_fisher_product
 from sb3_trpo.optim.kfac import kfac_layers
 from sb3_trpo.optim.mlp import ELEMENTWISE, MLP, MLPJacobian, as_mlp, recorded_calls
 from sb3_trpo.optim.objective import Model, ModelOutput, Surrogate
@@ -141,7 +141,7 @@ def ggn_product(parts, weights, actor):
 
 def fast_product(parts, calls, weights, actor, mlp):
     """The fast path, likewise; None if it does not serve."""
-    return mlp_fisher_product(Model(None, actor, mlp=mlp), ModelOutput(parts, weights, weights, calls), weights)
+    return layerwise_fisher_product(Model(None, actor, mlp=mlp), ModelOutput(parts, weights, weights, calls), weights)
 
 
 def dense_metric(parts, state):
@@ -299,7 +299,7 @@ def test_chains_of_real_policies_multiply_as_the_general_path(observation_space,
         for mlp in (actor_mlp(policy), None)
     )
     ((chunk, _, new),) = surrogate.linearized()
-    assert mlp_fisher_product(surrogate.model, new, chunk.weights) is not None
+    assert layerwise_fisher_product(surrogate.model, new, chunk.weights) is not None
     v = th.randn_like(flatten(actor)).detach()
     th.testing.assert_close(FisherOperator(surrogate, 0.1)(v), FisherOperator(general, 0.1)(v), atol=1e-5, rtol=1e-4)
 

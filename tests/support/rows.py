@@ -127,6 +127,60 @@ class Transformer(Objects):
         return self.attention(self.layer(observations.view(-1, 3, 2))).mean(1)
 
 
+class SmallCNN(BaseFeaturesExtractor):
+    """A user's extractor of images, of layers one after another; few parameters, for dense matrices."""
+
+    def __init__(self, observation_space: spaces.Space) -> None:
+        super().__init__(observation_space, 8)
+        self.net = nn.Sequential(*self.modules_of(observation_space.shape[0]))
+
+    def modules_of(self, n_channels: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(n_channels, 2, 8, 7),
+            nn.Tanh(),
+            nn.Conv2d(2, 2, 2, 2, padding=1),
+            nn.ELU(),
+            nn.Flatten(),
+            nn.Linear(18, 8),
+            nn.Tanh(),
+        ]
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.net(observations)
+
+
+class PooledCNN(SmallCNN):
+    def modules_of(self, n_channels: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(n_channels, 4, 4, 4),
+            nn.MaxPool2d(2),
+            nn.Conv2d(4, 4, 3, groups=2),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(4, 8),
+            nn.Tanh(),
+        ]
+
+
+class NormedCNN(SmallCNN):
+    def modules_of(self, n_channels: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(n_channels, 2, 8, 7),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.LayerNorm(50),
+            nn.Linear(50, 1),
+            nn.Linear(1, 8),
+            nn.Tanh(),
+        ]
+
+
+class ResidualCNN(SmallCNN):
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features = super().forward(observations)
+        return features + th.sin(features)
+
+
 class OnConstant(Extractor):
     """Calls a layer on something that is not the observation."""
 
