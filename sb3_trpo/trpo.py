@@ -527,7 +527,8 @@ class TRPO(ResumableAlgorithm):
             changes_by_itself = True
             sampler = None if draws_random_numbers(self.policy, observations) else sampler
         is_known = are_known(callback)
-        actor = RolloutActor(self, env, sampler, is_watched=changes_by_itself or not is_known)
+        is_watched, torch_calls = changes_by_itself or not is_known, getattr(callback, "torch_calls", None)
+        actor = RolloutActor(self, env, sampler, is_watched, torch_calls)
         if not is_known:
             compute_locals(callback, self._step_variables, actor.variables)
         return actor

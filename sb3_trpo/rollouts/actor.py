@@ -20,7 +20,13 @@ from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.rollouts.collect import Truncation, bootstrap, write_decisions
 from sb3_trpo.rollouts.fast_step import Observations
 from sb3_trpo.rollouts.policy_state import PolicyState
-from sb3_trpo.rollouts.samplers import ActionSampler
+from sb3_trpo.rollouts.samplers import ActionSampler, NumpyActionSampler
+
+
+class TorchCalls(Protocol):
+    """Notices calls of torch."""
+
+    seen: bool
 
 
 class PolicyCalls(Protocol):
@@ -56,15 +62,24 @@ class RolloutActor:
     :param env: the training environment
     :param sampler: samples actions without evaluating them; None to call the policy's ``forward`` at every step
     :param is_watched: whether the policy may change during the rollout
+    :param torch_calls: has ``seen`` set to True when a tensor may have changed; None if that can be at every step
     """
 
-    def __init__(self, algorithm: PolicyCalls, env: VecEnv, sampler: ActionSampler | None, is_watched: bool) -> None:
+    def __init__(
+        self,
+        algorithm: PolicyCalls,
+        env: VecEnv,
+        sampler: ActionSampler | None,
+        is_watched: bool,
+        torch_calls: TorchCalls | None = None,
+    ) -> None:
         self._algorithm = algorithm
         self._env = env
         self._buffer: RolloutBuffer = algorithm.rollout_buffer
         self._policy: BasePolicy = algorithm.policy
         self._sampler = sampler
         self._state = PolicyState(self._policy) if is_watched and sampler is not None else None
+        self._torch_calls = torch_calls if isinstance(sampler, NumpyActionSampler) else None
         self._n_evaluated = 0
         self._step = -1
         self._observations: Observations = np.empty(0)
@@ -125,7 +140,7 @@ class RolloutActor:
         :param last_dones: whether the last step ended an episode
         """
         n_steps = self._buffer.pos
-        if self._has_changed():
+        if self._state is not None and self._state.has_changed():
             self._evaluate_by_old_policy(n_steps)
         with th.no_grad():
             self._evaluate_steps(n_steps)
@@ -147,7 +162,14 @@ class RolloutActor:
             self._pending = []
 
     def _has_changed(self) -> bool:
-        return self._state is not None and self._state.has_changed()
+        if self._state is None:
+            return False
+        if self._torch_calls is None or self._torch_calls.seen:
+            is_changed = self._state.has_changed()
+            if self._torch_calls is not None:
+                self._torch_calls.seen = False
+            return is_changed
+        return self._state.has_changed_structure()
 
     @contextmanager
     def _acting_policy(self) -> Iterator[None]:
