@@ -7,7 +7,7 @@ everything at every step from there on, as in SB3's loop.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch as th
@@ -25,6 +25,12 @@ from sb3_trpo.rollouts.eligibility import draws_random_numbers, has_known_module
 from sb3_trpo.rollouts.fast_step import Observations
 from sb3_trpo.rollouts.policy_state import PolicyState
 from sb3_trpo.rollouts.samplers import ActionSampler
+
+
+class TorchCalls(Protocol):
+    """Notices calls of torch."""
+
+    seen: bool
 
 
 def make_actor(
@@ -59,7 +65,8 @@ def make_actor(
     may_change_itself = sampler is not None and sampler.calls_policy and not has_known_modules(adapter.policy)
     if may_change_itself and draws_random_numbers(adapter.policy, obs_as_tensor(observations, adapter.policy.device)):
         sampler = None
-    actor = RolloutActor(adapter, env, sampler, may_change_itself or not is_known, value_scale, chunk_size)
+    is_watched, torch_calls = may_change_itself or not is_known, getattr(callback, "torch_calls", None)
+    actor = RolloutActor(adapter, env, sampler, is_watched, value_scale, chunk_size, torch_calls)
     if not is_known:
         compute_locals(callback, adapter.step_variables, actor.variables)
     return actor
@@ -75,6 +82,7 @@ class RolloutActor:
     :param is_watched: whether the policy may change during the rollout
     :param value_scale: factor of the critic's outputs
     :param chunk_size: most states in one forward pass; None for all
+    :param torch_calls: has ``seen`` set to True when a tensor may have changed; None if that can be at every step
     """
 
     def __init__(
@@ -85,6 +93,7 @@ class RolloutActor:
         is_watched: bool,
         value_scale: float = 1.0,
         chunk_size: int | None = None,
+        torch_calls: TorchCalls | None = None,
     ) -> None:
         self._adapter = adapter
         self._env = env
@@ -94,6 +103,7 @@ class RolloutActor:
         self._value_scale = value_scale
         self._chunk_size = chunk_size
         self._state = PolicyState(self._policy) if is_watched and sampler is not None else None
+        self._torch_calls = None if sampler is None or sampler.calls_policy else torch_calls
         self._n_evaluated = 0
         self._step = -1
         self._observations: Observations = np.empty(0)
@@ -155,7 +165,7 @@ class RolloutActor:
         :param last_dones: whether the last step ended an episode
         """
         n_steps = self._buffer.pos
-        if self._has_changed():
+        if self._state is not None and self._state.has_changed():
             self._evaluate_by_old_policy(n_steps)
         with th.no_grad():
             self._evaluate_steps(n_steps)
@@ -177,7 +187,14 @@ class RolloutActor:
             self._pending = []
 
     def _has_changed(self) -> bool:
-        return self._state is not None and self._state.has_changed()
+        if self._state is None:
+            return False
+        if self._torch_calls is None or self._torch_calls.seen:
+            is_changed = self._state.has_changed()
+            if self._torch_calls is not None:
+                self._torch_calls.seen = False
+            return is_changed
+        return self._state.has_changed_structure()
 
     @contextmanager
     def _acting_policy(self) -> Iterator[None]:

@@ -14,6 +14,11 @@ COMPARED_ELEMENTS = 2**14
 #: Attributes of a module that reading and writing its parameters call, and its networks do not.
 FILES = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
 
+#: Modules that compute from their parameters and modules alone, whatever other attributes say.
+WITHOUT_ATTRIBUTES = (nn.Linear, nn.Tanh, nn.ReLU, nn.Flatten, nn.Sequential, nn.Identity)
+#: Attributes of a module that are empty, unless more is done at a call than the class says.
+HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_parameters", "_modules", "_buffers"}
+
 
 class PolicyState:
     """
@@ -30,6 +35,12 @@ class PolicyState:
         self._present = [*attributes, *(items for items in inner if items)]
         self._empty = [items for items in inner if not items]
         self._saved = [dict(items) for items in self._present]
+        self._brief = [items for module, items in zip(policy.modules(), attributes, strict=True) if _is_brief(module)]
+        self._lengths = list(map(len, self._brief))
+        brief = set(map(id, self._brief))
+        self._telling = [items for items in self._present if id(items) not in brief]
+        self._told = [dict(items) for items in self._telling]
+        self._hooks = [items[name] for items in attributes for name in HOOKS if not items[name]]
         self._tensors = list({id(tensor): tensor for tensor in [*policy.parameters(), *policy.buffers()]}.values())
         self._copies = [tensor.detach().clone() for tensor in self._tensors]
         self._large = [tensor for tensor in self._tensors if tensor.numel() > COMPARED_ELEMENTS]
@@ -52,6 +63,18 @@ class PolicyState:
             return True
         return not is_same or any(self._empty) or self._numbers != self._read_numbers()
 
+    def has_changed_structure(self) -> bool:
+        """
+        Return True if something other than numbers was changed.
+
+        It takes a quarter of the time of :meth:`has_changed`, for steps at which nothing can have written into a tensor.
+        """
+        try:
+            is_same = self._telling == self._told and self._lengths == list(map(len, self._brief))
+        except (RuntimeError, ValueError):
+            return True
+        return not is_same or any(self._hooks)
+
     @contextmanager
     def restored(self) -> Iterator[None]:
         """
@@ -68,6 +91,10 @@ class PolicyState:
         finally:
             _point(self._tensors, data)
             _fill(dictionaries, items)
+
+
+def _is_brief(module: nn.Module) -> bool:
+    return type(module) in WITHOUT_ATTRIBUTES
 
 
 def _sample(tensor: th.Tensor) -> Callable[[], np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
@@ -25,6 +26,21 @@ def _is_integer(value: Any) -> bool:
 
 def _is_rate(value: Any) -> bool:
     return value is None or _is_number(value) or isinstance(value, (FloatSchedule, LinearSchedule, ConstantSchedule))
+
+
+def is_plain_data(value: Any) -> bool:
+    """
+    Return True if a value is a number, a text, bytes, None, an array of numbers, or a container of these.
+
+    :param value: any value
+    """
+    if isinstance(value, np.ndarray):
+        return type(value) is np.ndarray and not value.dtype.hasobject
+    if type(value) is dict:
+        return all(type(key) is str for key in value) and all(map(is_plain_data, value.values()))
+    if type(value) in (list, tuple):
+        return all(map(is_plain_data, value))
+    return value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, np.generic)
 
 
 def _is_class(kind: type) -> Callable[[Any], bool]:
@@ -74,3 +90,47 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "use_sde": lambda value: isinstance(value, bool),
     "seed": lambda value: value is None or (_is_integer(value) and 0 <= value < 2**32),
 }
+#: Attributes that are made anew from others when a model is set up.
+DERIVED = ("lr_schedule", "_target_kl_schedule")
+#: Attributes that a model has beside those that its constructor sets without an environment.
+LATER = {"observation_space", "action_space", "n_envs", *DERIVED}
+
+
+def is_plain_name(name: str) -> bool:
+    """
+    Return True if a name is an identifier without underscores at both ends.
+
+    :param name: any text
+    """
+    return name.isidentifier() and not (name.startswith("__") and name.endswith("__"))
+
+
+def allowed_attributes(model: OnPolicyAlgorithm) -> set[str]:
+    """
+    Names of the attributes that a file may set.
+
+    They are those that the constructor sets, or whose default (a number, a text, None) stands in the class, and that ``save``
+    does not leave out.
+
+    :param model: a model that is not set up yet
+    :return: the names
+    """
+    defaults = {
+        name
+        for base in type(model).__mro__
+        for name, value in vars(base).items()
+        if is_plain_name(name) and isinstance(value, (bool, int, float, str, type(None)))
+    }
+    return (vars(model).keys() | defaults | LATER) - {*model._excluded_save_params(), "tensorboard_log"}
+
+
+def is_users_data(model: OnPolicyAlgorithm, name: str, value: Any) -> bool:
+    """
+    Return True if an attribute can only be a note of the user's: plain data, under a name that nothing else reads.
+
+    :param model: a model that is not set up yet
+    :param name: name of the attribute
+    :param value: its value
+    """
+    annotated = {key for base in type(model).__mro__ for key in vars(base).get("__annotations__", {})}
+    return not (name.startswith("_") or name in annotated or hasattr(model, name)) and is_plain_data(value)

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from sb3_trpo.arguments import Rule
 from sb3_trpo.errors import CorruptCheckpointError, MismatchError, Source, UntrustedFileError, did_you_mean, name_of, short
 from sb3_trpo.saving.archive import METADATA, Archive
-from sb3_trpo.saving.attribute_rules import RULES
+from sb3_trpo.saving.attribute_rules import DERIVED, RULES, allowed_attributes, is_plain_name, is_users_data
 from sb3_trpo.saving.tensors import PARAMETERS, check_finite, read_state
 from sb3_trpo.saving.unpickling import RefusedError, restricted_loads
 
@@ -53,10 +53,6 @@ RETIRED = (
     "_iterations_before",
     "_pending_log",
 )
-#: Attributes that are made anew from others when a model is set up.
-DERIVED = ("lr_schedule", "_target_kl_schedule")
-#: Attributes that a model has beside those that its constructor sets without an environment.
-LATER = {"observation_space", "action_space", "n_envs", *DERIVED}
 VARIABLES = "pytorch_variables.pth"
 #: A rollout buffer of more bytes than this needs ``trust``, or an ``n_steps`` of the user's.
 MAX_BUFFER_BYTES = 2**32
@@ -274,37 +270,24 @@ class _StayOnMeta(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def allowed_attributes(model: OnPolicyAlgorithm) -> set[str]:
-    """
-    Names of the attributes that a file may set.
-
-    They are those that the constructor sets, or whose default (a number, a text, None) stands in the class, and that ``save``
-    does not leave out.
-
-    :param model: a model that is not set up yet
-    :return: the names
-    """
-    defaults = {
-        name
-        for base in type(model).__mro__
-        for name, value in vars(base).items()
-        if _is_plain(name) and isinstance(value, (bool, int, float, str, type(None)))
-    }
-    return (vars(model).keys() | defaults | LATER) - {*model._excluded_save_params(), "tensorboard_log"}
-
-
 def _own_values(model: OnPolicyAlgorithm, file: ModelFile) -> dict[str, Any]:
     """The attributes of a file that a model takes over."""
-    allowed = allowed_attributes(model) | file.given
+    own = allowed_attributes(model)
+    allowed = own | file.given
     values, unknown = {}, []
     for name, value in file.values.items():
+        if name in file.given and name not in own | file.names:
+            continue  # as SB3, which replaces only what there is
         if file.trust or name in allowed:
             values[name] = value
-        elif hasattr(type(model), name) or name in model._excluded_save_params() or not _is_plain(name):
+        elif hasattr(type(model), name) or name in model._excluded_save_params() or not is_plain_name(name):
             remedy = "If you know where the file is from, trust=True loads it as SB3 does"
             raise UntrustedFileError(file.path, name, "an attribute that no file may set", remedy)
         elif name != "tensorboard_log":
-            unknown.append(name[:50])
+            if is_users_data(model, name, value):
+                values[name] = value
+            else:
+                unknown.append(name[:50])
         elif value is not None and model.env is not None:
             warnings.warn(
                 f"the log goes nowhere: tensorboard_log={short(value)} of the file is not used, since a file may not say "
@@ -313,15 +296,11 @@ def _own_values(model: OnPolicyAlgorithm, file: ModelFile) -> dict[str, Any]:
             )
     if unknown:
         warnings.warn(
-            f"{type(model).__name__} has no attributes {unknown[:10]}, which the file has: they are left out; "
-            "trust=True sets them",
+            f"{type(model).__name__} has no attributes {unknown[:10]}, which the file has, and they are not plain data under "
+            "public names: they are left out; trust=True sets them",
             stacklevel=5,
         )
     return values
-
-
-def _is_plain(name: str) -> bool:
-    return name.isidentifier() and not (name.startswith("__") and name.endswith("__"))
 
 
 def build_model(cls: Any, file: ModelFile, env: VecEnv | None, device: Any, force_reset: bool, kwargs: dict[str, Any]) -> Any:

@@ -134,3 +134,19 @@ def test_restored_keeps_the_new_policy_when_an_error_is_raised(net):
     with pytest.raises(RuntimeError), state.restored():
         net(th.randn(5, 99))
     assert net.temperature == 3.0
+
+
+WRITES = (fill_data, fill, point, move_buffer)
+
+
+@pytest.mark.parametrize("change", [change for change in CHANGES if change not in WRITES])
+def test_has_changed_structure_notices(net, change):
+    state = PolicyState(net)
+    change(net)
+    assert state.has_changed_structure()
+
+
+def test_has_changed_structure_is_false_for_a_policy_that_only_acts(net):
+    state = PolicyState(net)
+    net(th.randn(5, 3))
+    assert not state.has_changed_structure()

@@ -21,8 +21,8 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize, VecTra
 from support.arguments import effective
 
 from sb3_trpo import NPG, TRPO, CorruptCheckpointError, MaskableTRPO, RecurrentTRPO, UntrustedFileError, load_vec_normalize
+from sb3_trpo.saving.attribute_rules import allowed_attributes
 from sb3_trpo.saving.env_state import restore
-from sb3_trpo.saving.model_file import allowed_attributes
 from sb3_trpo.saving.unpickling import RefusedError
 
 N_STEPS = 16
@@ -258,11 +258,29 @@ def test_a_file_does_not_say_where_to_write(saved: Path, tmp_path: Path) -> None
     assert TRPO.load(saved, device="cpu", tensorboard_log="logs").tensorboard_log == "logs"
 
 
-def test_unknown_attributes_are_left_out_with_a_warning(saved: Path) -> None:
-    change_attributes(saved, mine=1)
-    with pytest.warns(UserWarning, match=r"\['mine'\].*trust=True"):
-        assert not hasattr(TRPO.load(saved, device="cpu"), "mine")
-    assert TRPO.load(saved, device="cpu", trust=True).mine == 1  # type: ignore[attr-defined]
+@pytest.mark.parametrize(("name", "value"), [("_mine", 1), ("mine", th.nn.Tanh), ("mine", {"a": [th.nn.Tanh]})])
+def test_unknown_attributes_are_left_out_with_a_warning(name: str, value: Any, tmp_path: Path) -> None:
+    model = make()
+    setattr(model, name, value)
+    model.save(tmp_path / "model.zip")
+    with pytest.warns(UserWarning, match=rf"\['{name}'\].*trust=True"):
+        assert not hasattr(TRPO.load(tmp_path / "model.zip", device="cpu"), name)
+    assert getattr(TRPO.load(tmp_path / "model.zip", device="cpu", trust=True), name) == value
+
+
+def test_plain_data_of_the_users_own_is_loaded(tmp_path: Path) -> None:
+    mine = {"numbers": [1, 2.5, None, True], "text": "a", "arrays": {"b": np.arange(3), "c": np.float32(1)}, "pair": (1, "x")}
+    model = make()
+    model.mine = mine  # type: ignore[attr-defined]
+    model.save(tmp_path / "model.zip")
+    loaded: Any = TRPO.load(tmp_path / "model.zip", device="cpu")
+    assert repr(loaded.mine) == repr(mine)
+
+
+def test_custom_objects_replace_only_what_there_is(saved: Path) -> None:
+    model = TRPO.load(saved, device="cpu", custom_objects={"learning_rate": 2e-5, "mine": 1.0})
+    assert model.learning_rate == 2e-5
+    assert not hasattr(model, "mine")
 
 
 def test_a_users_own_attributes_are_loaded_by_their_own_class(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from stable_baselines3.common.monitor import Monitor
 
 from sb3_trpo import TRPO, CheckpointCallback, RecurrentTRPO
 from sb3_trpo.saving.random_state import random_state
+from sb3_trpo.saving.random_streams import CallbackStream, TorchCalls
 
 N_STEPS = 16
 UPDATES = 6
@@ -130,6 +131,44 @@ def test_callbacks_draw_on_after_a_resume(tmp_path: Path) -> None:
     assert resumed.num_timesteps == whole.num_timesteps
     assert len(set(second.drawn)) == len(second.drawn) > N_STEPS
     assert not set(first.drawn[: len(first.drawn) // 2]) & set(second.drawn)
+
+
+@pytest.mark.parametrize(
+    ("function", "is_seen"),
+    [
+        (lambda layer: th.rand(()), True),
+        (lambda layer: layer.weight.data, True),
+        (lambda layer: layer.weight.normal_(), True),
+        (lambda layer: layer.weight.numpy(), True),
+        (lambda layer: th.randperm(3), True),
+        (lambda layer: layer(th.zeros(1, 2)), True),
+        (lambda layer: (random.random(), np.zeros(3), layer.in_features), False),
+    ],
+)
+@th.no_grad()
+def test_torch_calls_are_seen_and_draw_from_the_callbacks_generator(function: Callable[..., Any], is_seen: bool) -> None:
+    stream, layer = CallbackStream(), th.nn.Linear(2, 2)
+    calls = TorchCalls(stream)
+    for _ in range(2):
+        calls.seen, before = False, th.get_rng_state()
+        with calls:
+            function(layer)
+        assert th.equal(th.get_rng_state(), before)
+        assert (calls.seen, stream.states()[1] is not None) == (is_seen, is_seen)
+
+
+def test_a_callback_may_seed_torch_for_itself() -> None:
+    calls = TorchCalls(CallbackStream())
+    expected = th.rand(3, generator=th.Generator().manual_seed(1))
+    before = th.get_rng_state()
+    with calls:
+        th.manual_seed(1)
+    assert th.equal(th.get_rng_state(), before)
+    with calls, th.random.fork_rng():
+        th.manual_seed(1)
+        drawn = th.rand(3)
+    assert th.equal(drawn, expected)
+    assert th.equal(th.get_rng_state(), before)
 
 
 def test_generators_are_those_of_the_training_after_an_error_in_a_callback() -> None:
