@@ -114,7 +114,7 @@ class TorchCalls(TorchFunctionMode):
         self._training = th.default_generator.get_state()
         if th.cuda.is_initialized():
             self._switch()
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Make the call."""
@@ -123,7 +123,7 @@ class TorchCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         if self._switched is None:
             th.default_generator.set_state(self._training)  # it may have been seeded
         else:
