@@ -78,10 +78,10 @@ class StepLocals(dict[str, Any]):
 
     def update(self, *variables: Any, **more: Any) -> None:
         """Take the variables of another step; those to be computed are out of date unless they are among them."""
-        if not self._names.isdisjoint(dict.keys(self)):  # type: ignore[arg-type]
+        if not self._names.isdisjoint(super().keys()):
             for name in self._names:
                 super().pop(name, None)
-        dict.update(self, *variables, **more)
+        super().update(*variables, **more)
 
     def _complete(self) -> None:
         if not super().keys() >= self._names:

@@ -134,8 +134,9 @@ class NumpyActionSampler:
     """
     Acts for SB3's standard MLP policy with a few NumPy calls per step.
 
-    The noise of the whole rollout is drawn beforehand from torch's global generator, so that a seed fixes it: standard
-    normal for Box; Gumbel for Discrete and MultiDiscrete, whose largest perturbed logit is a sample of the softmax;
+    The noise of the whole rollout is drawn beforehand from torch's global generator, step by step as torch's distributions
+    draw it. With the same seed the actions are those of SB3's loop, unless something else draws during the rollout. It is
+    standard normal for Box; Gumbel for Discrete and MultiDiscrete, whose largest perturbed logit is a sample of the softmax;
     logistic for MultiBinary, whose sign of the perturbed logit is a sample of the Bernoulli.
 
     :param policy: the policy
@@ -158,13 +159,23 @@ class NumpyActionSampler:
         distribution: Any = policy.action_dist
         #: Number of choices in each part of the action; None where it is not a choice.
         self._choices: list[int] | None = None
+        noise = th.empty(shape, **FLOAT32)
         if self._is_box:
-            noise = th.randn(shape, **FLOAT32) * policy.log_std.detach().exp()  # type: ignore[operator]
+            for step in noise.unbind():
+                step.normal_()
+            noise *= policy.log_std.detach().exp()  # type: ignore[operator]
         elif isinstance(distribution, BernoulliDistribution):
-            noise = th.rand(shape, **FLOAT32).logit(eps=1e-7)
+            for step in noise.unbind():
+                step.uniform_()
+            noise = -noise.logit(eps=1e-7)
         else:
-            noise = -th.empty(shape, **FLOAT32).exponential_().log()
             self._choices = [shape[-1]] if self._is_discrete else list(distribution.action_dims)
+            parts = [th.empty(*shape[:2], n, **FLOAT32) for n in self._choices]
+            for steps in zip(*(part.unbind() for part in parts), strict=True):
+                for step in steps:
+                    step.exponential_()
+            noise = th.cat(parts, dim=2)
+            noise = -noise.log()
         self._noise = noise.numpy()
 
     def __call__(self, observations: Observations, step: int, action_masks: np.ndarray | None = None) -> np.ndarray:

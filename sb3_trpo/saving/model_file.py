@@ -328,6 +328,7 @@ def build_model(cls: Any, file: ModelFile, env: VecEnv | None, device: Any, forc
         if force_reset:
             values["_last_obs"] = None
     values.update(kwargs)
+    _complete_parameters(file, values["policy_kwargs"])
     if not file.trust:
         check_buffer(file, values)
         _check_networks(cls, file, values)
@@ -344,6 +345,18 @@ def build_model(cls: Any, file: ModelFile, env: VecEnv | None, device: Any, forc
     if model.use_sde:
         model.policy.reset_noise()
     return model
+
+
+def _complete_parameters(file: ModelFile, policy_kwargs: dict[str, Any]) -> None:
+    """Give the shared extractor the names that it has since SB3 1.7 beside its first one."""
+    saved = file.parameters.get("policy")
+    if not isinstance(saved, dict) or not policy_kwargs.get("share_features_extractor", True):
+        return
+    extractor = {str(name): tensor for name, tensor in saved.items() if str(name).startswith("features_extractor.")}
+    names = {f"{user}_{name}": tensor for user in ("pi", "vf") for name, tensor in extractor.items()}
+    if not names.keys() <= saved.keys():
+        warnings.warn("the policy was saved by SB3 < 1.7: save the model again to have it in the present format", stacklevel=5)
+        file.parameters["policy"] = {**names, **saved}
 
 
 def _policy_kwargs(kwargs: dict[str, Any], given: set[str]) -> dict[str, Any]:

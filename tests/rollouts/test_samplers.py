@@ -297,3 +297,19 @@ class TestActionTransform:
     def test_leaves_the_others(self, name):
         actions = np.array([7])
         assert action_transform(make_policy(ACTIONS[name]))(actions) is actions
+
+
+@pytest.mark.parametrize("n_envs", [1, 2, 9])
+@pytest.mark.parametrize("name", ACTIONS)
+def test_a_lean_actor_draws_the_actions_of_the_policys_own_distribution(name, n_envs):
+    policy, n_steps = make_policy(ACTIONS[name]), 30
+    observations = np.random.default_rng(0).normal(size=(n_steps, n_envs, 3)).astype(np.float32)
+    th.manual_seed(1)
+    with th.no_grad():
+        expected = [policy.get_distribution(th.as_tensor(each)).get_actions().numpy() for each in observations]
+    after = th.get_rng_state()
+    th.manual_seed(1)
+    actor = lean_actor(policy, n_steps, n_envs)
+    actions = np.stack([actor(each, step) for step, each in enumerate(observations)])
+    np.testing.assert_allclose(actions.reshape(n_steps, -1), np.reshape(expected, (n_steps, -1)), rtol=1e-5, atol=1e-5)
+    assert th.equal(th.get_rng_state(), after)

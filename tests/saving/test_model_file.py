@@ -239,6 +239,20 @@ def test_huge_spaces_are_refused(tmp_path: Path) -> None:
         TRPO.load(tmp_path / "model.zip", device="cpu")
 
 
+def test_policies_of_sb3_before_1_7_are_loaded(tmp_path: Path) -> None:
+    env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False)
+    model = TRPO("CnnPolicy", env, n_steps=4, device="cpu")
+    names = [name for name in model.policy.state_dict() if name.startswith("features_extractor.")]
+    del model.policy.pi_features_extractor, model.policy.vf_features_extractor
+    model.save(tmp_path / "model.zip")
+    with pytest.warns(UserWarning, match=r"SB3 < 1\.7"):
+        loaded = TRPO.load(tmp_path / "model.zip", device="cpu")
+    state = loaded.policy.state_dict()
+    for name in names:
+        assert th.equal(state[f"vf_{name}"], state[name])
+        assert th.equal(state[name], model.policy.state_dict()[name])
+
+
 # ---- attributes
 
 
