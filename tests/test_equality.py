@@ -95,6 +95,7 @@ ROWS: dict[str, Row] = {
     "change_by_optimizer": Row(change=partial(Changer, rows.step_optimizer), stays=False),
     "change_one_weight": Row(change=partial(Changer, rows.write_weight), stays=False),
     "change_by_numpy": Row(change=partial(Changer, rows.write_by_numpy), stays=False),
+    "change_by_kept_array": Row(change=rows.ArrayChanger, read="by_key", stays=False),
     "change_critic": Row(change=partial(Changer, rows.change_critic), read="by_key"),
     "change_discrete": Row(action=DISCRETE, change=partial(Changer, rows.load_parameters), read="by_key", stays=False),
     "change_dict": Row(DICT, DISCRETE, change=partial(Changer, rows.load_parameters), stays=False),

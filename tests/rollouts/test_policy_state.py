@@ -150,3 +150,10 @@ def test_has_changed_structure_is_false_for_a_policy_that_only_acts(net):
     state = PolicyState(net)
     net(th.randn(5, 3))
     assert not state.has_changed_structure()
+
+
+def test_has_changed_structure_notices_writes_into_shared_memory(net):
+    array = next(net.parameters()).detach().numpy()
+    state = PolicyState(net)
+    array += 0.1
+    assert state.has_changed_structure()
