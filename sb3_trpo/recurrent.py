@@ -78,7 +78,7 @@ class RecurrentTRPO(TRPO):
     The update is that of :class:`TRPO`. Its derivatives, those in the Fisher matrix included, go through whole sequences:
     from the start of an episode, or of the rollout, to the end of either. What is cut or drawn elsewhere by states is so
     here by sequences, at least one at a time: ``batch_size``, ``policy_batch_size``, ``max_batch_size``,
-    ``sub_sampling_factor``. They are padded to the longest, so that memory and time of an update grow with the number of
+    ``sub_sampling_factor``, ``curvature_batch_size``, which is all states unless given. They are padded to the longest, so that memory and time of an update grow with the number of
     sequences times the length of the longest.
 
     Takes the arguments of :class:`TRPO`; three mean something else.
@@ -102,6 +102,7 @@ class RecurrentTRPO(TRPO):
     argument_rules: ClassVar[dict[str, Rule]] = {**TRPO.argument_rules, "action_bound": one_of(None)}
     policy: RecurrentActorCriticPolicy
     rollout_buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer
+    image_sample = None  # states of a few sequences are too much alike
     _step_variables = TRPO._step_variables | {"lstm_states", "episode_starts"}
 
     @takes_arguments_of(TRPO.__init__)

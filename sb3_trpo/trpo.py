@@ -102,6 +102,7 @@ from sb3_trpo.rollouts.samplers import (
 from sb3_trpo.saving.sb3_contrib import MINIBATCH_ARGUMENTS, convert_model
 
 IMAGE_CHUNK = 256  # states in one forward pass where max_batch_size leaves it open: some 100 MB with NatureCNN
+IMAGE_SAMPLE = 256  # states that curvature is computed from where curvature_batch_size leaves it open
 
 MAX_STATES = 2**31 - 1  # in a rollout
 #: Arguments that only the Gauss-Newton critic uses.
@@ -181,6 +182,9 @@ class TRPO(ResumableAlgorithm):
     :param return_scaling: let the critic predict returns divided by the running standard deviation of all returns so far
     :param action_bound: ``"clip"`` or ``"tanh"`` to bring Box actions to [-1, 1] so and scale them to the space's bounds; None
         to clip them to the bounds, as SB3 does
+    :param curvature_batch_size: most states, drawn at random in each update, that the Fisher and Gauss-Newton matrices are
+        computed from; gradient, KL and line search always use all. Applies to what ``sub_sampling_factor`` leaves, and to the
+        critic. None for all states, or 256 with images
     :param check_observations: refuse observations with a NaN or an infinity; False for a policy that handles them itself, as
         by masking padding. Rewards, actions, values and the update are checked in any case
     :raises ValueError: an argument is out of range; the message names it, its value and what is allowed
@@ -196,6 +200,8 @@ class TRPO(ResumableAlgorithm):
     _failed_updates: int = 0
     #: Names of the constructor arguments that the user gave.
     _given_arguments: frozenset[str] = frozenset()
+    #: States of a sample of images, with ``curvature_batch_size=None``; None for all.
+    image_sample: ClassVar[int | None] = IMAGE_SAMPLE
     #: SB3's local variables, for callbacks, that come from the policy.
     _step_variables: ClassVar[frozenset[str]] = frozenset({"obs_tensor", "values", "log_probs"})
 
@@ -242,6 +248,7 @@ class TRPO(ResumableAlgorithm):
         return_scaling: Annotated[bool, BOOLEAN] = False,
         action_bound: Annotated[str | None, one_of(*ACTION_BOUNDS, None)] = None,
         check_observations: Annotated[bool, BOOLEAN] = True,
+        curvature_batch_size: Annotated[int | None, POSITIVE_INTEGER_OR_NONE] = None,
     ) -> None:
         place = self._place
         super().__init__(
@@ -288,6 +295,7 @@ class TRPO(ResumableAlgorithm):
         self.return_scaling = return_scaling
         self.action_bound = action_bound
         self.check_observations = check_observations
+        self.curvature_batch_size = curvature_batch_size
         self.return_moments = RunningMeanStd(epsilon=0.0)
         #: What the latest update did; None before the first.
         self.last_update: UpdateStats | None = None
@@ -597,7 +605,7 @@ class TRPO(ResumableAlgorithm):
         :return: the step
         """
         local = surrogate.relinearize(index)  # around the current θ
-        subsampled = local.subsample(self.sub_sampling_factor)
+        subsampled = local.subsample(self.sub_sampling_factor, self._curvature_size)
         gradient = local.gradient()  # g
         fisher = FisherOperator(subsampled, self.cg_damping)  # v ↦ (F + λI) v
         fisher.keep_definite(gradient)
@@ -650,6 +658,13 @@ class TRPO(ResumableAlgorithm):
         if self.max_batch_size is not None or not has_images(self.observation_space):
             return self.max_batch_size
         return IMAGE_CHUNK
+
+    @property
+    def _curvature_size(self) -> int | None:
+        """Most states that a curvature matrix is computed from."""
+        if self.curvature_batch_size is not None or not has_images(self.observation_space):
+            return self.curvature_batch_size
+        return self.image_sample
 
     def _read_rollout(self) -> RolloutBatch:
         return read_rollout(self.rollout_buffer, self.action_space)
@@ -736,7 +751,15 @@ class TRPO(ResumableAlgorithm):
             batch = self._scale_returns(batch)
         if self.critic_method == "gauss_newton":
             critic = critic_model(self.policy, head, parameters)
-            return fit_gauss_newton(critic, batch, self._chunk_size, damping=self.critic_damping, n_steps=self.n_critic_steps)
+            return fit_gauss_newton(
+                critic,
+                batch,
+                self._chunk_size,
+                damping=self.critic_damping,
+                n_steps=self.n_critic_steps,
+                # Features are no images any more: products on them are cheap.
+                curvature_size=self._curvature_size if encode is None else self.curvature_batch_size,
+            )
         return fit_minibatches(
             head,
             batch,

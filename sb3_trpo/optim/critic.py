@@ -145,6 +145,7 @@ def fit_gauss_newton(
     *,
     damping: float,
     n_steps: int,
+    curvature_size: int | None = None,
     max_iter: int = CG_MAX_STEPS,
     rtol: float = CG_RESIDUAL_TOL,
 ) -> CriticFit:
@@ -158,17 +159,20 @@ def fit_gauss_newton(
     :param chunk_size: most states in one forward pass; None for all
     :param damping: added to the diagonal of the Gauss-Newton matrix; larger is smoother
     :param n_steps: maximum number of steps
+    :param curvature_size: most states that the Gauss-Newton matrix is computed from; None for all
     :param max_iter: maximum number of conjugate gradient iterations in each
     :param rtol: relative tolerance of conjugate gradients
     :return: the loss at the end, and whether the first step helped
     """
     regression = ValueRegression(critic, batch, chunk_size)
+    sample = batch.random_sample(curvature_size)
     inverse: KFACPreconditioner | None = None  # the curvature changes little between steps: one serves them all
     for n_taken in range(n_steps if critic.parameters else 0):
         gradient = regression.gradient()
-        matrix = FisherOperator(regression, damping)
+        curved = regression if sample is batch else ValueRegression(critic, sample, chunk_size)
+        matrix = FisherOperator(curved, damping)
         matrix.keep_definite(gradient)
-        inverse = inverse or KFACPreconditioner(regression, matrix.damping)
+        inverse = inverse or KFACPreconditioner(curved, matrix.damping)
         solution = conjugate_gradient(matrix, gradient, max_iter=max_iter, rtol=rtol, M=inverse)
         improved = _improve(regression, solution.x, 2.0 * float(gradient.dot(solution.x)))
         if improved is None:
