@@ -32,7 +32,7 @@ from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.critic import CriticFit, fit_gauss_newton, fit_minibatches
 from sb3_trpo.optim.distributions import without_validation
 from sb3_trpo.optim.fisher import FisherOperator
-from sb3_trpo.optim.kfac import KFACPreconditioner
+from sb3_trpo.optim.kfac import KFACPreconditioner, pays
 from sb3_trpo.optim.line_search import (
     Evaluation,
     LineSearchResult,
@@ -120,7 +120,8 @@ class TRPO(ResumableAlgorithm):
     :param _init_setup_model: build the networks at once
     :param cg_residual_tol: stop conjugate gradients once the residual's norm is this share of the gradient's; 0 to run
         all ``cg_max_steps``
-    :param cg_preconditioner: ``"kfac"`` for Kronecker factors, None for plain conjugate gradients
+    :param cg_preconditioner: ``"kfac"`` for Kronecker factors where the network has no convolutions, None for plain
+        conjugate gradients
     :param critic_method: how the critic is fitted: ``"gauss_newton"`` (damped Gauss-Newton steps on the whole rollout), or
         ``"minibatch"`` (the policy's optimizer, as in sb3-contrib, with ``learning_rate``, ``batch_size`` and
         ``n_critic_updates``, which the first does not use)
@@ -512,7 +513,7 @@ class TRPO(ResumableAlgorithm):
         return self.image_sample
 
     def _preconditioner(self, surrogate: Surrogate, damping: float) -> KFACPreconditioner | None:
-        if self.cg_preconditioner is None or not surrogate.has_closed_form:
+        if self.cg_preconditioner is None or not pays(surrogate):
             return None
         return KFACPreconditioner(surrogate, damping)
 
