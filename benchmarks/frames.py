@@ -231,7 +231,8 @@ def run_memory(out: Path | None) -> None:
         peers.update_json(out, "memory", str(n_states), found)
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", nargs="+", choices=["untrained", "trained"], default=["untrained", "trained"])
     parser.add_argument("--extractors", nargs="+", choices=["separate", "shared"], default=["separate", "shared"])
@@ -242,7 +243,11 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--one-memory", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
     if args.one_memory:
         print_memory(args.one_memory)
     elif args.memory:

@@ -1,8 +1,8 @@
 """
 MiniGrid-DoorKey-5x5 by the settings of zoo_hyperparams/trpo.yml, beside SB3's PPO at RL Zoo's.
 
-    python benchmarks/minigrid.py            # goes on where it was stopped
-    python benchmarks/minigrid.py --table    # what the finished runs say
+    python benchmarks/doorkey.py            # goes on where it was stopped
+    python benchmarks/doorkey.py --table    # what the finished runs say
 
 Observations are those of RL Zoo: the flat image and the mission. Mean return of 200 episodes, stochastic policy (a return of
 0.96 or so is perfect), and CPU seconds of ``learn``.
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--out", type=Path, default=peers.RESULTS / "minigrid.json")
+    parser.add_argument("--out", type=Path, default=peers.RESULTS / "doorkey.json")
     parser.add_argument("--table", action="store_true", help="print the table of the finished runs, and run nothing")
     args = parser.parse_args()
     rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
