@@ -39,6 +39,10 @@ VARIANTS: dict[str, tuple[type[OnPolicyAlgorithm], dict[str, Any]]] = {
     "sb3_trpo, one each, small steps, minibatches": (sb3_trpo.TRPO, {"target_kl": 0.02, "critic_method": "minibatch"}),
     "sb3_trpo, shared": (sb3_trpo.TRPO, {"policy_kwargs": {"share_features_extractor": True}}),
     "sb3_contrib, shared": (sb3_contrib.TRPO, {}),
+    # Rollouts of 1,024 states, of which curvature is computed from all or from some.
+    "sb3_trpo, 1,024 states, all": (sb3_trpo.TRPO, {"n_steps": 128, "curvature_batch_size": 1024}),
+    "sb3_trpo, 1,024 states, 256": (sb3_trpo.TRPO, {"n_steps": 128, "curvature_batch_size": 256}),
+    "sb3_trpo, 1,024 states, 128": (sb3_trpo.TRPO, {"n_steps": 128, "curvature_batch_size": 128}),
 }
 OURS = inspect.signature(sb3_trpo.TRPO).parameters
 SETTINGS: dict[str, Any] = {
@@ -77,18 +81,19 @@ def perform(variant: str, seed: int, steps: int) -> dict[str, Any]:
         "seed": seed,
         "steps": steps,
         "n_envs": N_ENVS,
-        **{**SETTINGS, **({"target_kl": arguments["target_kl"]} if "target_kl" in arguments else {})},
+        **SETTINGS,
+        **{name: arguments[name] for name in ("target_kl", "n_steps", "curvature_batch_size") if name in arguments},
         "mean_return": float(mean_return),
         "explained_variance": round(float(np.mean(explained[-len(explained) // 4 :])), 3),
         "cpu_seconds": round(cpu_seconds, 1),
     }
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[dict[str, Any]], steps: int) -> None:
     """Mean ± standard deviation over seeds, then each seed's return."""
     print(f"{'features extractor':46}{'mean return':>16}{'explained variance':>22}{'CPU s':>8}   each seed")
     for variant in VARIANTS:
-        finished = [row for row in rows if row["variant"] == variant]
+        finished = [row for row in rows if row["variant"] == variant and row["steps"] == steps]
         if finished:
             returns, explained, seconds = (
                 np.array([row[name] for row in finished]) for name in ("mean_return", "explained_variance", "cpu_seconds")
@@ -102,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=10_240)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pixels.json")
     parser.add_argument("--table", action="store_true", help="print the table of the finished runs, and run nothing")
     args = parser.parse_args()
@@ -109,7 +115,7 @@ def main() -> None:
 
     rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
     done = {(row["variant"], row["seed"], row["steps"]) for row in rows}
-    for seed, variant in itertools.product(args.seeds, VARIANTS):
+    for seed, variant in itertools.product(args.seeds, args.variants):
         if args.table or (variant, seed, args.steps) in done:
             continue
         row = perform(variant, seed, args.steps)
@@ -121,7 +127,7 @@ def main() -> None:
         rows.append(row)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print_table(rows)
+    print_table(rows, args.steps)
 
 
 if __name__ == "__main__":

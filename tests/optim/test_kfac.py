@@ -20,6 +20,7 @@ from sb3_trpo.optim.kfac import (
     call_factors,
     damped_inverses,
     kfac_layers,
+    pays,
     random_signs,
 )
 from sb3_trpo.optim.mlp import LayerCall, as_mlp, recorded_calls
@@ -607,3 +608,11 @@ def test_without_recorded_layers_every_parameter_gets_the_diagonal(case):
     assert_same(matrix, th.diag(matrix.diagonal()))
     row_sums = case.mean_kl_hessian().sum(dim=1)
     assert_same(matrix.diagonal(), 1.0 / (row_sums.clamp(min=0.0) + 0.1), 1e-8)
+
+
+def test_it_pays_for_networks_without_convolutions_and_families_with_a_closed_form():
+    plain, x = mlp(3, 4, 2), batch(5, 3)
+    convolutional = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()
+    assert pays(forwards(plain, gaussian, x))
+    assert not pays(forwards(convolutional, gaussian, batch(5, 1, 3, 3)))
+    assert not pays(forwards(plain, lambda output: (th.distributions.Laplace(output, th.ones_like(output)),), x))
