@@ -150,7 +150,7 @@ class Quadratic:
         surrogate = Surrogate(model.adapter.actor(batch), batch, 256)
         self._gradient = surrogate.gradient()
         self._fisher = FisherOperator(surrogate, model.cg_damping)
-        solution = conjugate_gradient(self._fisher, self._gradient, max_iter=30, rtol=2e-3)
+        solution = conjugate_gradient(self._fisher, self._gradient, max_iter=25, rtol=2e-3)
         self.iterations, self.residual = solution.iterations, solution.residual
         self._best = 0.5 * float(self._gradient.dot(solution.x))
 
@@ -171,15 +171,15 @@ def run(args: argparse.Namespace) -> None:
             rollout = collect(train_steps if policy == "trained" else 0, share, args.rollouts)
             if args.collect:
                 continue
-            contenders = {name: Contender(name, rollout, share) for name in CONTENDERS}
-            contenders["ours"].update()  # warm-up
+            contenders = {name: Contender(name, rollout, share) for name in args.contenders}
             for repetition in range(repeats):
                 for name, contender in contenders.items():
                     if repetition == 0 or name in ("ours", "PPO"):
                         contender.update()
-            contenders["ours"].seconds.pop(0)
-            quadratic = Quadratic(contenders["ours"])
-            rows = {}
+            rows: dict[str, Any] = {"train_steps": train_steps}
+            if "ours" in contenders:
+                quadratic = Quadratic(contenders["ours"])
+                rows["converged"] = {"cg_iterations": quadratic.iterations, "residual": quadratic.residual}
             for name, contender in contenders.items():
                 rows[name] = {"seconds": round(statistics.median(contender.seconds), 3), "samples": contender.seconds}
                 if isinstance(contender.model, TRPO):
@@ -189,8 +189,9 @@ def run(args: argparse.Namespace) -> None:
                         rows[name][key] = float(values[f"train/{key}"])
                 shown = {key: value for key, value in rows[name].items() if key != "samples"}
                 print(f"{policy:10}{extractor:10}{name:22}", shown, flush=True)
-            rows["converged"] = {"cg_iterations": quadratic.iterations, "residual": quadratic.residual}
-            peers.update_json(args.out, "updates", f"{policy}, {extractor}", {"train_steps": train_steps, **rows})
+            key = f"{policy}, {extractor}"
+            known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+            peers.update_json(args.out, "updates", key, {**known.get("updates", {}).get(key, {}), **rows})
 
 
 # ---- memory
@@ -237,6 +238,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", choices=["untrained", "trained"], default=["untrained", "trained"])
     parser.add_argument("--extractors", nargs="+", choices=["separate", "shared"], default=["separate", "shared"])
     parser.add_argument("--train-steps", type=int, default=12_288)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="CONTENDER")
     parser.add_argument("--collect", action="store_true", help="only collect the rollouts")
     parser.add_argument("--rollouts", type=Path, default=Path(tempfile.gettempdir()), help="folder that keeps them")
     parser.add_argument("--repeats", type=int, default=3)
