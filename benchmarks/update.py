@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
+import frames
 import numpy as np
 import sb3_contrib.trpo.trpo as contrib_module
 import torch as th
@@ -64,10 +65,10 @@ class Case(NamedTuple):
     """
     What is updated.
 
-    :param task: registered name, or "frames" for random images
+    :param task: registered name
     :param n_envs: number of environments
     :param n_steps: steps of each
-    :param hidden: widths of the hidden layers; None for Nature-CNN, shared by actor and critic
+    :param hidden: widths of the hidden layers
     :param train_steps: steps of training before
     :param peer: whose update ours is compared with
     :param settings: sb3-contrib's settings that differ from RL Zoo's for MuJoCo
@@ -77,7 +78,7 @@ class Case(NamedTuple):
     task: str
     n_envs: int
     n_steps: int
-    hidden: tuple[int, ...] | None
+    hidden: tuple[int, ...]
     train_steps: int
     peer: str
     settings: dict[str, Any]
@@ -89,11 +90,10 @@ CASES = {
     "humanoid": Case("Humanoid-v5", 2, 1024, (64, 64), 40_000, "sb3-contrib", {}, (5.0, 6.0)),
     "halfcheetah_256": Case("HalfCheetah-v5", 2, 1024, (256, 256), 40_000, "sb3-contrib", {}, (4.0, 5.0)),
     "cartpole": Case("CartPole-v1", 2, 1024, (64, 64), 20_000, "sb3-contrib", {"target_kl": 0.01}, (3.0, 6.0)),
-    "frames": Case("frames", 2, 512, None, 2_048, "sb3-contrib", {"target_kl": 0.01}, (2.5, 2.5)),
     # Tianshou stops after 10 iterations: as much of the gain as theirs needs no better tolerance.
     "tianshou": Case("HalfCheetah-v5", 16, 64, (64, 64), 60_000, "tianshou", {"cg_residual_tol": 0.2}, (2.5, 2.5)),
 }
-OTHERS = ("memory", "scaling")
+OTHERS = ("frames", "memory", "scaling")
 
 
 class Times(NamedTuple):
@@ -312,11 +312,8 @@ def prepare(case: Case, quick: bool) -> tuple[Ours, Contender | Tianshou]:
 def _setting(case: Case) -> tuple[VecEnv, str, dict[str, Any], dict[str, Any]]:
     """Environment, policy, sb3-contrib's settings, and arguments of the policy."""
     settings = {**peers.ZOO_TRPO, "n_steps": case.n_steps, **case.settings}
-    if case.task == "frames":
-        env = peers.random_env(FRAMES, spaces.Discrete(6), case.n_envs)
-        return env, "CnnPolicy", settings, {"share_features_extractor": True}
     env = peers.make_env(case.task, case.n_envs, normalize=case.task != "CartPole-v1")
-    return env, "MlpPolicy", settings, {"net_arch": list(case.hidden or ())}
+    return env, "MlpPolicy", settings, {"net_arch": list(case.hidden)}
 
 
 def copy_rollout(source: OnPolicyAlgorithm, target: OnPolicyAlgorithm) -> None:
@@ -348,7 +345,7 @@ class Quadratic:
             return policy._get_action_dist_from_latent(latent)
 
         actor = actor_model(policy, distribution, floats[:1])
-        surrogate = Surrogate(actor, rollout, 256 if len(space.shape) == 3 else None)
+        surrogate = Surrogate(actor, rollout)
         self._gradient = surrogate.gradient()
         self._fisher = FisherOperator(surrogate, model.cg_damping)
 
@@ -462,8 +459,6 @@ def milliseconds(samples: list[Times]) -> dict[str, Any]:
 
 
 def run_case(name: str, case: Case, repeats: int, quick: bool) -> dict[str, Any]:
-    if case.hidden is None:
-        case, repeats = case._replace(n_steps=64 if quick else case.n_steps), min(repeats, 7)
     own, other = prepare(case, quick)
     samples: dict[str, list[Times]] = {"ours": [], case.peer: []}
     for repetition in range(-1, repeats):  # making the contenders has updated each once already
@@ -479,8 +474,7 @@ def run_case(name: str, case: Case, repeats: int, quick: bool) -> dict[str, Any]
         result[who] = {**milliseconds(samples[who]), **told, "gain": quadratic.gain(x)}
     mine, peer = result["ours"], result[case.peer]
     result["gain_ratio"] = mine["gain"] / peer["gain"]
-    if case.hidden is not None:
-        result["attainable_gain"] = quadratic.attainable()
+    result["attainable_gain"] = quadratic.attainable()
     result["speed_up"] = {part: peer[f"{part}_ms"] / mine[f"{part}_ms"] for part in ("actor", "critic", "total")}
     result["floor"] = floor(own)
     result["over_floor"] = mine["total_ms"] / result["floor"]["ms"]
@@ -501,7 +495,7 @@ def print_case(name: str, result: dict[str, Any]) -> None:
         f"{result['gain_ratio']:12.4f}   (targets ≥ {targets[0]:g}×, ≥ {targets[1]:g}×)"
     )
     found = result["floor"]
-    share = f", best gain {result['attainable_gain']:.5f}" if "attainable_gain" in result else ""
+    share = f", best gain {result['attainable_gain']:.5f}"
     print(
         f"{'':16}floor {found['ms']:.2f} ms = {1e-9 * found['operations']:.2f} Gflop in {found['products']} products at "
         f"{found['gigaflops_per_second']:.1f} Gflop/s; ours {result['over_floor']:.2f}× the floor{share}",
@@ -640,9 +634,7 @@ def main() -> None:
     names = [*CASES, *OTHERS]
     parser.add_argument("--case", nargs="+", choices=names, default=names, metavar="CASE", help=", ".join(names))
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a machine with other work")
-    parser.add_argument(
-        "--repeats", type=int, default=9, help="timed repetitions, after two for warm-up (at most 7 for the frames)"
-    )
+    parser.add_argument("--repeats", type=int, default=9, help="timed repetitions, after two for warm-up")
     parser.add_argument(
         "--quick", action="store_true", help="little training and few repetitions; writes no file unless --out"
     )
@@ -663,6 +655,8 @@ def main() -> None:
             result = run_case(name, case, repeats, args.quick)
             print_case(name, result)
             peers.update_json(out, "cases", name, result)
+    if "frames" in args.case and out is not None:  # there is no quick one
+        frames.run(frames.parse(["--out", str(out.with_name("frames.json"))]))
     if "scaling" in args.case:
         result = run_scaling(repeats, args.quick)
         print_scaling(result)

@@ -61,8 +61,8 @@ class RecurrentTRPO(TRPO):
     The update is that of :class:`TRPO`. Its derivatives, those in the Fisher matrix included, go through whole sequences:
     from the start of an episode, or of the rollout, to the end of either. What is cut or drawn elsewhere by states is so
     here by sequences, at least one at a time: ``batch_size``, ``policy_batch_size``, ``max_batch_size``,
-    ``sub_sampling_factor``. They are padded to the longest, so that memory and time of an update grow with the number of
-    sequences times the length of the longest.
+    ``sub_sampling_factor``, ``curvature_batch_size`` (all states unless given). They are padded to the longest, so that memory
+    and time of an update grow with the number of sequences times the length of the longest.
 
     Takes the arguments of :class:`TRPO`; three mean something else.
 
@@ -86,6 +86,7 @@ class RecurrentTRPO(TRPO):
     adapter_class: ClassVar[type[PolicyAdapter]] = RecurrentAdapter
     policy: RecurrentActorCriticPolicy
     rollout_buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer
+    image_sample = None  # states of a few sequences are too much alike
 
     @takes_arguments_of(TRPO.__init__)
     @checked

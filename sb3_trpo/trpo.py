@@ -32,7 +32,7 @@ from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.critic import CriticFit, fit_gauss_newton, fit_minibatches
 from sb3_trpo.optim.distributions import without_validation
 from sb3_trpo.optim.fisher import FisherOperator
-from sb3_trpo.optim.kfac import KFACPreconditioner
+from sb3_trpo.optim.kfac import KFACPreconditioner, pays
 from sb3_trpo.optim.line_search import (
     Evaluation,
     LineSearchResult,
@@ -66,6 +66,7 @@ from sb3_trpo.validation import (
 )
 
 IMAGE_CHUNK = 256  # states in one forward pass where max_batch_size leaves it open: some 100 MB with NatureCNN
+IMAGE_SAMPLE = 256  # states that curvature is computed from where curvature_batch_size leaves it open
 
 #: Arguments that are not the algorithm's own.
 SB3_ARGUMENTS = (
@@ -121,7 +122,8 @@ class TRPO(ResumableAlgorithm):
     :param _init_setup_model: build the networks at once
     :param cg_residual_tol: stop conjugate gradients once the residual's norm is this share of the gradient's; 0 to run
         all ``cg_max_steps``
-    :param cg_preconditioner: ``"kfac"`` for Kronecker factors, None for plain conjugate gradients
+    :param cg_preconditioner: ``"kfac"`` for Kronecker factors where the network has no convolutions, None for plain
+        conjugate gradients
     :param critic_method: how the critic is fitted: ``"gauss_newton"`` (damped Gauss-Newton steps on the whole rollout), or
         ``"minibatch"`` (the policy's optimizer, as in sb3-contrib, with ``learning_rate``, ``batch_size`` and
         ``n_critic_updates``, which the first does not use)
@@ -139,6 +141,9 @@ class TRPO(ResumableAlgorithm):
     :param return_scaling: let the critic predict returns divided by the running standard deviation of all returns so far
     :param action_bound: ``"clip"`` or ``"tanh"`` to bring Box actions to [-1, 1] so and scale them to the space's bounds; None
         to clip them to the bounds, as SB3 does
+    :param curvature_batch_size: most states, drawn at random in each update, that the Fisher and Gauss-Newton matrices are
+        computed from; gradient, KL and line search always use all. Applies to what ``sub_sampling_factor`` leaves, and to the
+        critic. None for all states, or 256 with images
     :param check_observations: refuse observations with a NaN or an infinity; False for a policy that handles them itself, as
         by masking padding. Rewards, actions, values and the update are checked in any case
     :raises ValueError: an argument is out of range; the message names it, its value and what is allowed
@@ -158,6 +163,8 @@ class TRPO(ResumableAlgorithm):
     _given_arguments: frozenset[str] = frozenset()
     #: How the family of policies is built and called.
     adapter_class: ClassVar[type[PolicyAdapter]] = ActorCriticAdapter
+    #: States of a sample of images, with ``curvature_batch_size=None``; None for all.
+    image_sample: ClassVar[int | None] = IMAGE_SAMPLE
 
     @checked
     def __init__(
@@ -202,6 +209,7 @@ class TRPO(ResumableAlgorithm):
         return_scaling: Annotated[bool, allowed.BOOLEAN] = False,
         action_bound: Annotated[str | None, one_of(*ACTION_BOUNDS, None)] = None,
         check_observations: Annotated[bool, allowed.BOOLEAN] = True,
+        curvature_batch_size: Annotated[int | None, allowed.POSITIVE_INTEGER_OR_NONE] = None,
     ) -> None:
         place = self._place
         super().__init__(
@@ -248,6 +256,7 @@ class TRPO(ResumableAlgorithm):
         self.return_scaling = return_scaling
         self.action_bound = action_bound
         self.check_observations = check_observations
+        self.curvature_batch_size = curvature_batch_size
         self.return_moments = RunningMeanStd(epsilon=0.0)
         #: What the latest update did; None before the first.
         self.last_update: UpdateStats | None = None
@@ -453,7 +462,7 @@ class TRPO(ResumableAlgorithm):
         :return: the step
         """
         local = surrogate.relinearize(index)  # around the current θ
-        subsampled = local.subsample(self.sub_sampling_factor)
+        subsampled = local.subsample(self.sub_sampling_factor, self._curvature_size)
         gradient = local.gradient()  # g
         fisher = FisherOperator(subsampled, self.cg_damping)  # v ↦ (F + λI) v
         fisher.keep_definite(gradient)
@@ -500,8 +509,15 @@ class TRPO(ResumableAlgorithm):
             return self.max_batch_size
         return IMAGE_CHUNK
 
+    @property
+    def _curvature_size(self) -> int | None:
+        """Most states that a curvature matrix is computed from."""
+        if self.curvature_batch_size is not None or not has_images(self.observation_space):
+            return self.curvature_batch_size
+        return self.image_sample
+
     def _preconditioner(self, surrogate: Surrogate, damping: float) -> KFACPreconditioner | None:
-        if self.cg_preconditioner is None or not surrogate.has_closed_form:
+        if self.cg_preconditioner is None or not pays(surrogate):
             return None
         return KFACPreconditioner(surrogate, damping)
 
@@ -568,7 +584,13 @@ class TRPO(ResumableAlgorithm):
         batch = self._scale_returns(critic.batch) if self.return_scaling else critic.batch
         if self.critic_method == "gauss_newton":
             return fit_gauss_newton(
-                critic.model, batch, self._chunk_size, damping=self.critic_damping, n_steps=self.n_critic_steps
+                critic.model,
+                batch,
+                self._chunk_size,
+                damping=self.critic_damping,
+                n_steps=self.n_critic_steps,
+                # Features are not images any more: products on them are cheap.
+                curvature_size=self.curvature_batch_size if critic.has_features else self._curvature_size,
             )
         return fit_minibatches(
             critic.values,

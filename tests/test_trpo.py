@@ -419,6 +419,42 @@ def test_sub_sampling_changes_the_fisher_matrix_and_nothing_else(observation_spa
     assert not same(actor_of(full), actor_of(thin))
 
 
+@pytest.mark.parametrize("factor", [1, 2])
+def test_curvature_of_a_sample_changes_directions_and_lengths_and_nothing_else(factor: int) -> None:
+    full, sampled, again = (
+        make(curvature_batch_size=size, sub_sampling_factor=factor, **{"cg_max_steps": 3}).learn(N_STEPS)
+        for size in (None, 12, 12)
+    )
+
+    for key in ("gradient_norm", "entropy", "explained_variance"):
+        assert full.logs[0][f"train/{key}"] == sampled.logs[0][f"train/{key}"], key
+    for key in ("step_length", "value_loss"):  # the critic's curvature is from a sample too
+        assert full.logs[0][f"train/{key}"] != sampled.logs[0][f"train/{key}"], key
+        assert again.logs[0][f"train/{key}"] == sampled.logs[0][f"train/{key}"], key
+    assert sampled.logs[0]["train/kl_divergence_loss"] <= sampled.target_kl
+    assert same(actor_of(again), actor_of(sampled))
+
+
+@pytest.mark.parametrize(
+    ("space", "given", "sampled"), [(VECTOR, None, None), (VECTOR, 9, 9), (IMAGE, None, 256), (IMAGE, 9, 9)]
+)
+def test_curvature_is_from_all_states_unless_given_or_images(
+    space: spaces.Space, given: int | None, sampled: int | None
+) -> None:
+    kwargs: dict[str, Any] = {"policy_kwargs": SMALL_CNN} if space is IMAGE else {}
+    model = make(ScriptedEnv(observation_space=space), "CnnPolicy" if space is IMAGE else "MlpPolicy", **kwargs)
+    model.curvature_batch_size = given
+    assert model._curvature_size == sampled
+
+
+def test_update_draws_no_random_numbers_unless_it_samples() -> None:
+    for size, draws in ((None, False), (N_STEPS, False), (9, True)):
+        model = make(curvature_batch_size=size).learn(N_STEPS)
+        state = th.get_rng_state()
+        model.train()
+        assert th.equal(th.get_rng_state(), state) is not draws, size
+
+
 @pytest.mark.parametrize("observation_space", [VECTOR, IMAGE, DICT], ids=["box", "image", "dict"])
 @pytest.mark.parametrize("factor", [1, 3])
 def test_the_size_of_batches_changes_nothing_but_rounding(observation_space: spaces.Space, factor: int) -> None:

@@ -54,6 +54,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "n_policy_updates": NO_COUNT,
     "policy_batch_size": (0, -1, 1.5, "3", True, NAN),
     "line_search_accept_ratio": NO_FRACTION,
+    "curvature_batch_size": (0, -1, 1.5, "3", True, NAN),
     "return_scaling": (None, 1, 0, "yes"),
     "action_bound": ("", "Tanh", "scale", True, 0),
 }
@@ -113,6 +114,7 @@ def test_every_argument_is_kept_under_its_name() -> None:
         "policy_batch_size": 5,
         "line_search_accept_ratio": 0.1,
         "return_scaling": True,
+        "curvature_batch_size": 6,
     }
     with pytest.warns(UserWarning, match="no effect with critic_method='minibatch': critic_damping, n_critic_steps"):
         model = TRPO("MlpPolicy", IdentityEnv(2), device="cpu", **arguments)
@@ -144,6 +146,8 @@ def test_a_bad_argument_is_refused_before_an_environment_is_made(name: str, valu
         {"ent_coef": 0, "n_policy_updates": 1, "policy_batch_size": 8, "line_search_accept_ratio": 0},
         {"ent_coef": np.float32(0.5), "n_policy_updates": np.int64(2), "policy_batch_size": 1, "line_search_accept_ratio": 1},
         {"policy_batch_size": 3, "sub_sampling_factor": 8},
+        {"curvature_batch_size": 1},
+        {"curvature_batch_size": np.int64(2**62), "sub_sampling_factor": 2},
     ],
 )
 def test_limits_and_numpy_numbers_are_allowed(arguments: dict[str, Any]) -> None:

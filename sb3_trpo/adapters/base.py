@@ -24,11 +24,13 @@ class Critic(NamedTuple):
     :param values: inputs of the batch ↦ V(s), shape ``(n_states,)``
     :param model: the same for Gauss-Newton steps, with the parameters to train
     :param batch: the rollout; its inputs are features where the critic does not train the features extractor
+    :param has_features: whether they are
     """
 
     values: ValueFunction
     model: Model
     batch: RolloutBatch
+    has_features: bool
 
 
 class PolicyAdapter(ActingPolicy):
@@ -147,4 +149,4 @@ class PolicyAdapter(ActingPolicy):
         encode, values = value_function(self.policy, self.values, parameters)
         if encode is not None:
             batch = batch.encoded(encode, chunk_size)
-        return Critic(values, critic_model(self.policy, values, parameters), batch)
+        return Critic(values, critic_model(self.policy, values, parameters), batch, encode is not None)

@@ -151,6 +151,21 @@ class RolloutBatch:
         shuffled = th.randperm(self.n_sequences, generator=th.Generator().manual_seed(0))
         return self.sample(shuffled[: -(-self.n_sequences // factor)].sort().values.to(self.actions.device))
 
+    def random_sample(self, size: int | None) -> "RolloutBatch":
+        """
+        Draw random sequences by torch's generator, weighted to represent all of them.
+
+        :param size: most states, of all processes together; at least one sequence in each process. None for all
+        :return: the sample; the batch itself, with nothing drawn, if it is no larger
+        """
+        if size is None:
+            return self
+        n_envs = self.ranks.n_envs
+        count = self.sequences_in(size * n_envs[self.ranks.rank] // sum(n_envs))
+        if count >= self.n_sequences:
+            return self
+        return self.sample(th.randperm(self.n_sequences)[:count].sort().values.to(self.actions.device))
+
     def minibatches(self, size: int, equal: bool = False) -> Sequence[th.Tensor]:
         """
         Shuffle the sequences and split them into minibatches, the same number in every process.

@@ -13,7 +13,7 @@ from torch.distributions import Normal
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.fisher import FisherOperator
-from sb3_trpo.optim.kfac import KFACPreconditioner
+from sb3_trpo.optim.kfac import KFACPreconditioner, pays
 from sb3_trpo.optim.line_search import Evaluation, LineSearchStatus, search_along
 from sb3_trpo.optim.mlp import recorded_calls
 from sb3_trpo.optim.objective import Model, ModelOutput, RolloutObjective
@@ -145,6 +145,7 @@ def fit_gauss_newton(
     *,
     damping: float,
     n_steps: int,
+    curvature_size: int | None = None,
     max_iter: int = CG_MAX_STEPS,
     rtol: float = CG_RESIDUAL_TOL,
 ) -> CriticFit:
@@ -158,17 +159,21 @@ def fit_gauss_newton(
     :param chunk_size: most states in one forward pass; None for all
     :param damping: added to the diagonal of the Gauss-Newton matrix; larger is smoother
     :param n_steps: maximum number of steps
+    :param curvature_size: most states that the Gauss-Newton matrix is computed from; None for all
     :param max_iter: maximum number of conjugate gradient iterations in each
     :param rtol: relative tolerance of conjugate gradients
     :return: the loss at the end, and whether the first step helped
     """
     regression = ValueRegression(critic, batch, chunk_size)
+    sample = batch.random_sample(curvature_size)
     inverse: KFACPreconditioner | None = None  # the curvature changes little between steps: one serves them all
     for n_taken in range(n_steps if critic.parameters else 0):
         gradient = regression.gradient()
-        matrix = FisherOperator(regression, damping)
+        curved = regression if sample is batch else ValueRegression(critic, sample, chunk_size)
+        matrix = FisherOperator(curved, damping)
         matrix.keep_definite(gradient)
-        inverse = inverse or KFACPreconditioner(regression, matrix.damping)
+        if inverse is None and pays(curved):
+            inverse = KFACPreconditioner(curved, matrix.damping)
         solution = conjugate_gradient(matrix, gradient, max_iter=max_iter, rtol=rtol, M=inverse)
         improved = _improve(regression, solution.x, 2.0 * float(gradient.dot(solution.x)))
         if improved is None:

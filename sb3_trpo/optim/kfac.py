@@ -173,6 +173,17 @@ def _shifted_inverse(factor: th.Tensor, size: th.Tensor, shift: th.Tensor) -> th
     return th.diag(damped.diagonal().reciprocal())
 
 
+def pays(objective: RolloutObjective) -> bool:
+    """
+    Return True if the preconditioner is known for a model, and saves more than it costs.
+
+    With convolutions it does not: conjugate gradients converge faster without it (docs/pixels.md).
+
+    :param objective: the model on the rollout
+    """
+    return objective.has_closed_form and not any(isinstance(layer, nn.Conv2d) for layer in objective.model.layers)
+
+
 class KFACPreconditioner:
     """
     v ↦ M v with M ≈ (F + λI)⁻¹, symmetric and positive definite, one block for each layer.

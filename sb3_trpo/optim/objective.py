@@ -198,14 +198,16 @@ class Surrogate(RolloutObjective):
         batch = replace(self.batch, ratios=self.ratios())
         return self._on(batch if index is None else batch.sample(index))
 
-    def subsample(self, factor: int) -> "Surrogate":
+    def subsample(self, factor: int, size: int | None = None) -> "Surrogate":
         """
-        Make the same surrogate on a random 1/``factor`` of the sequences.
+        Make the same surrogate on some of the sequences.
 
-        :param factor: 1 for all
+        :param factor: keep a fixed 1/``factor`` of them; 1 for all
+        :param size: draw a random sample with at most so many states from those; None for all
         :return: the surrogate
         """
-        return self if factor == 1 else self._on(self.batch.subsample(factor))
+        batch = (self.batch if factor == 1 else self.batch.subsample(factor)).random_sample(size)
+        return self if batch is self.batch else self._on(batch)
 
     @property
     def entropy(self) -> float:

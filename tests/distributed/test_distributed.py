@@ -142,6 +142,7 @@ class Masked(gym.Env):
 
 UPDATES: dict[str, tuple[type[TRPO], Any, dict[str, Any]]] = {
     "trpo": (TRPO, "Pendulum-v1", {}),
+    "sample": (TRPO, "Pendulum-v1", {"curvature_batch_size": 10**6}),
     "chunks": (TRPO, "Pendulum-v1", {"max_batch_size": 20, "target_kl": 0.01}),
     "discrete": (TRPO, "CartPole-v1", {"ent_coef": 0.01, "normalize_advantage": False}),
     "several_steps": (TRPO, "Pendulum-v1", {"n_policy_updates": 2, "line_search_accept_ratio": 0.1}),

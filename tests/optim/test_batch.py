@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,3 +271,39 @@ def test_minibatches_go_through_all_states_once(size: int) -> None:
         pieces = rollout.minibatches(size, equal)
         assert [len(piece) for piece in pieces] == sizes
         assert th.cat(list(pieces)).sort().values.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("size", [None, 10, 11])
+def test_random_sample_that_is_no_smaller_is_the_batch_and_draws_nothing(size: int | None) -> None:
+    rollout = make_rollout(th.arange(10.0))
+    state = th.get_rng_state()
+    assert rollout.random_sample(size) is rollout
+    assert th.equal(th.get_rng_state(), state)
+
+
+def test_random_sample_is_drawn_by_torchs_generator_and_stands_for_the_whole() -> None:
+    rollout = make_rollout(th.arange(100.0))
+    samples = []
+    for seed in (0, 0, 1):
+        th.manual_seed(seed)
+        samples.append(rollout.random_sample(25))
+    kept = [sample.inputs["index"].tolist() for sample in samples]
+    assert kept[0] == kept[1] != kept[2]
+    assert len(set(kept[0])) == 25
+    assert float(samples[0].weights.sum()) == pytest.approx(float(rollout.weights.sum()))
+
+
+@pytest.mark.parametrize(("size", "n_states"), [(1, 4), (9, 8)])
+def test_random_sample_takes_whole_sequences(size: int, n_states: int) -> None:
+    rollout = replace(make_rollout(th.arange(20.0)), sequence_length=4)
+    sample = rollout.random_sample(size)
+    assert sample.n_states == n_states
+    first = sample.advantages.view(-1, 4)[:, :1]
+    assert th.equal(sample.advantages.view(-1, 4), first + th.arange(4.0, dtype=first.dtype))
+
+
+def test_random_sample_of_a_process_is_its_share() -> None:
+    ranks = SimpleNamespace(rank=1, size=3, n_envs=[1, 2, 5])
+    rollout = replace(make_rollout(th.arange(40.0)), ranks=ranks)
+    assert rollout.random_sample(16).n_states == 4
+    assert rollout.random_sample(1).n_states == 1

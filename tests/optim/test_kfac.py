@@ -22,6 +22,7 @@ from sb3_trpo.optim.kfac import (
     damped_inverses,
     gram,
     kfac_layers,
+    pays,
     random_signs,
 )
 from sb3_trpo.optim.mlp import LayerCall, as_mlp, recorded_calls
@@ -693,3 +694,11 @@ def test_layers_in_a_row_and_log_std_have_their_factors_and_row_sums():
     by_layers = KFACPreconditioner(forwards(policy, policy.family, inputs, mlp=as_mlp(list(policy.net))), 0.1)
     v = th.randn_like(flatten(list(policy.parameters()))).detach()
     assert_same(by_layers(v), by_graph(v))
+
+
+def test_it_pays_for_networks_without_convolutions_and_families_with_a_closed_form():
+    plain, x = mlp(3, 4, 2), batch(5, 3)
+    convolutional = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()
+    assert pays(forwards(plain, gaussian, x))
+    assert not pays(forwards(convolutional, gaussian, batch(5, 1, 3, 3)))
+    assert not pays(forwards(plain, lambda output: (th.distributions.Laplace(output, th.ones_like(output)),), x))

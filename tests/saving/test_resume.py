@@ -153,7 +153,9 @@ def test_a_resumed_training_is_the_uninterrupted_one(task: str, normalize: bool,
     assert model.remaining_timesteps == 0
 
 
-@pytest.mark.parametrize("kwargs", [{"use_sde": True, "sde_sample_freq": 4}, {"critic_method": "gauss_newton"}])
+@pytest.mark.parametrize(
+    "kwargs", [{"use_sde": True, "sde_sample_freq": 4}, {"critic_method": "gauss_newton"}, {"curvature_batch_size": 9}]
+)
 def test_noise_and_the_other_critic_are_resumed(kwargs: dict[str, Any], tmp_path: Path) -> None:
     def env() -> VecEnv:
         return make_env("Pendulum-v1")
