@@ -319,6 +319,7 @@ def train(folder: Path, n_envs: list[int], n_updates: int = 3, **kwargs: Any) ->
     env = VecNormalize(make_vec_env("Pendulum-v1", n_envs[rank()]), gamma=0.9)
     arguments = {"n_steps": 200, "seed": 3, "device": "cpu", "policy_kwargs": {"net_arch": [16]}, **kwargs}
     model = TRPO("MlpPolicy", env, verbose=1, tensorboard_log=str(folder / f"log_{rank()}"), **arguments)
+    model._kl_ratio = 1.0 + 0.1 * rank()  # the first one's counts
     everywhere, first = Recorder(on_every_rank=True), Recorder()
     begun = [env.reset()]
     model.learn(n_updates * 200 * sum(n_envs), callback=CallbackList([everywhere, first]), progress_bar=False)
