@@ -21,6 +21,8 @@ from sb3_trpo.saving.vec_normalize import running_moments
 if TYPE_CHECKING:
     from sb3_trpo.base import ResumableAlgorithm
 
+#: Attributes that an update goes by, beside its arguments.
+UPDATE_STATE = ("_kl_ratio",)
 EPISODE_BUFFERS = ("ep_info_buffer", "ep_success_buffer")
 
 Collect = TypeVar("Collect", bound=Callable[..., bool])
@@ -50,9 +52,11 @@ def take_from_first(model: "ResumableAlgorithm") -> None:
     """
     model._ranks.broadcast([*model.policy.parameters(), *model.policy.buffers()])
     running = [*running_moments_of(model.env), *running_moments_of(model)]
-    first = model._ranks.gather_objects([vars(rms) for rms in running])[0]
+    state = {name: getattr(model, name) for name in UPDATE_STATE}
+    first, first_state = model._ranks.gather_objects(([vars(rms) for rms in running], state))[0]
     for rms, values in zip(running, first, strict=True):
         vars(rms).update(values)
+    vars(model).update(first_state)
 
 
 def check_agreement(model: "ResumableAlgorithm", total_timesteps: int) -> None:
@@ -81,6 +85,7 @@ def _fingerprints(model: "ResumableAlgorithm") -> dict[str, str]:
         "parameters": _fingerprint(model.policy.state_dict().values()),
         "state of the optimizer": _fingerprint(value for value in optimizer if isinstance(value, th.Tensor)),
         "running statistics": _fingerprint(moment for rms in moments for moment in (rms.mean, rms.var, rms.count)),
+        "state of the update": str([getattr(model, name) for name in UPDATE_STATE]),
         "number of steps": str((model.num_timesteps, model._n_updates)),
     }
 

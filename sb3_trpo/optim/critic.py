@@ -110,16 +110,22 @@ class ValueRegression(RolloutObjective):
     @cached_property
     def loss(self) -> float:
         """E[(V(s) − R̂)²] at the parameters that the regression was made with."""
-        log_likelihoods = [c.weights.dot(old.log_prob) for c, old in zip(self._chunks, self._old, strict=True)]
-        return -2.0 * float(self.ranks.sum(th.stack(log_likelihoods).sum()))
+        return -2.0 * float(self.ranks.sum(self._log_likelihood()))
 
     def gradient(self) -> th.Tensor:
         """
-        −∇ E[½(V(s) − R̂)²].
+        −∇ E[½(V(s) − R̂)²]; one exchange between processes gives the loss as well.
 
         :return: flat gradient of the log-likelihood, shape ``(n_parameters,)``
         """
-        return self._gradient(lambda chunk, _, new: chunk.weights.dot(new.log_prob))
+        own = self._own_gradient(lambda chunk, _, new: chunk.weights.dot(new.log_prob))
+        gradient, log_likelihood = self.ranks.sum_each([own, self._log_likelihood()])
+        self.loss = -2.0 * float(log_likelihood)
+        return gradient
+
+    def _log_likelihood(self) -> th.Tensor:
+        """Log-likelihood of this process's returns."""
+        return th.stack([c.weights.dot(old.log_prob) for c, old in zip(self._chunks, self._old, strict=True)]).sum()
 
 
 def value_output(values: ValueFunction, batch: RolloutBatch, layers: Sequence[nn.Module] = ()) -> ModelOutput:

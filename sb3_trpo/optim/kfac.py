@@ -22,9 +22,6 @@ from sb3_trpo.optim.mlp import LayerCall, MLPJacobian
 from sb3_trpo.optim.objective import ModelOutput, RolloutObjective
 from sb3_trpo.optim.parameters import flatten, unflatten
 
-#: Width from which symmetry saves more than the smaller products cost.
-MIN_SPLIT_WIDTH = 192
-
 
 class Factors(NamedTuple):
     """
@@ -98,21 +95,6 @@ def _rows(inputs: th.Tensor, scale: th.Tensor, has_bias: bool) -> th.Tensor:
     return rows.flatten(end_dim=1)
 
 
-def gram(rows: th.Tensor) -> th.Tensor:
-    """
-    XᵀX, whose blocks below the diagonal are copies of those above it.
-
-    :param rows: X, shape ``(n, width)``
-    :return: the product, shape ``(width, width)``
-    """
-    width = rows.shape[1]
-    if width < MIN_SPLIT_WIDTH:
-        return rows.t() @ rows
-    left, right = rows[:, : width // 2], rows[:, width // 2 :]
-    beside = left.t() @ right
-    return th.cat([th.cat([gram(left), beside], dim=1), th.cat([beside.t(), gram(right)], dim=1)])
-
-
 def _factor_dtype(layer: nn.Module) -> th.dtype:
     """Factors are never in half precision, which has no Cholesky decomposition."""
     return th.promote_types(_parameters(layer)[0].dtype, th.float32)
@@ -137,9 +119,11 @@ def call_factors(call: LayerCall, gradient: th.Tensor, weights: th.Tensor, A: th
     root = (weights.view(-1, 1, 1) if n_inputs == n_states else weights.mean()).to(inputs.dtype).sqrt()
     g = gradient.to(inputs.dtype)
     g = g.flatten(start_dim=-2).transpose(-1, -2) if isinstance(call.layer, nn.Conv2d) else g
-    G = gram((g.reshape(n_inputs, n_positions, -1) * root).flatten(end_dim=1))
+    g = (g.reshape(n_inputs, n_positions, -1) * root).flatten(end_dim=1)
+    G = g.t() @ g
     if A is None:
-        A = gram(_rows(inputs, root, call.layer.bias is not None))
+        rows = _rows(inputs, root, call.layer.bias is not None)
+        A = rows.t() @ rows
     return Factors(A, G / (max(n_inputs * n_positions, 1) / n_states))
 
 

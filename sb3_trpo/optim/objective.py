@@ -150,10 +150,14 @@ class RolloutObjective:
         return Layerwise.of(self.model, self._only_graph)
 
     def _gradient(self, function: Callable[[RolloutBatch, ModelOutput, ModelOutput], th.Tensor]) -> th.Tensor:
+        return self.ranks.sum(self._own_gradient(function))
+
+    def _own_gradient(self, function: Callable[[RolloutBatch, ModelOutput, ModelOutput], th.Tensor]) -> th.Tensor:
+        """This process's share of a function's gradient."""
         total = th.zeros_like(flatten(self.model.parameters), requires_grad=False)
         for chunk, old, new in self.linearized():
             total += self._derivative(function(chunk, old, new), new)
-        return self.ranks.sum(total)
+        return total
 
     def _derivative(self, value: th.Tensor, new: ModelOutput) -> th.Tensor:
         """∇value, a function of a forward pass."""

@@ -20,7 +20,6 @@ from sb3_trpo.optim.kfac import (
     KFACPreconditioner,
     call_factors,
     damped_inverses,
-    gram,
     kfac_layers,
     pays,
     random_signs,
@@ -129,14 +128,6 @@ def test_factors_of_a_linear_layer(shape, bias):
     call, slope, weights = random_call(nn.Linear(4, 3, bias=bias), batch(6, *shape))
     for actual, expected in zip(call_factors(call, slope, weights), brute_force_linear(call, slope, weights), strict=True):
         assert_same(actual, expected)
-
-
-@pytest.mark.parametrize("width", [1, 3, 191, 192, 349, 800])
-def test_gram_is_the_symmetric_product(width):
-    rows = th.randn(5, width, dtype=DOUBLE)
-    product = gram(rows)
-    assert_same(product, product.t())
-    assert_same(product, rows.t() @ rows)
 
 
 CONVOLUTIONS = {
