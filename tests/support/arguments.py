@@ -4,7 +4,7 @@ from typing import Any
 
 from sb3_trpo import TRPO
 from sb3_trpo.saving.sb3_contrib import MINIBATCH_ARGUMENTS
-from sb3_trpo.trpo import GAUSS_NEWTON_ARGUMENTS
+from sb3_trpo.validation import GAUSS_NEWTON_ARGUMENTS
 
 
 def effective(arguments: dict[str, Any], algorithm: type[Any] = TRPO) -> dict[str, Any]:
