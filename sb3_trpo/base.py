@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
@@ -238,6 +239,19 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         own = ("_resumed", "_pending_log", "_iteration", "_run_id", "_callback_stream", "_ranks", "rollout_was_broken_off")
         return [*super()._excluded_save_params(), *own]
+
+    # ---- acting
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """See :meth:`BaseAlgorithm.predict`; with the number of torch threads that ``learn`` uses."""
+        with training_threads(self.policy):
+            return super().predict(observation, state, episode_start, deterministic)
 
     # ---- training
 

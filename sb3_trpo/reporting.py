@@ -1,4 +1,4 @@
-"""What an update tells the logger."""
+"""Record an update in the log."""
 
 from collections.abc import Sequence
 
@@ -10,25 +10,25 @@ from stable_baselines3.common.logger import Logger
 from sb3_trpo.optim.line_search import LineSearchStatus
 from sb3_trpo.optim.moments import moments
 from sb3_trpo.optim.reduction import Reduction
-from sb3_trpo.optim.statistics import PolicyStep, UpdateStats
+from sb3_trpo.optim.statistics import SPREAD, PolicyStep, UpdateStats
 
-#: Of these figures, the whole update has one, whatever number of steps it took: the last.
-OF_UPDATE = ("policy_objective", "kl_divergence_loss")
+#: Statistics in every printed table; the others go to TensorBoard and files only.
+TABLE = ("policy_objective", "kl_divergence_loss", "value_loss")
 
 
 def record_update(logger: Logger, stats: UpdateStats) -> None:
     """
-    Record the figures of an update: their means over its steps, and to TensorBoard their spread where there are several.
+    Record the statistics of an update, and the spread of those that summarize several values.
 
     :param logger: the logger
-    :param stats: the figures
+    :param stats: the statistics
     """
+    for name, value in stats.logged.items():
+        logger.record(f"train/{name}", value, exclude=None if name in TABLE else "stdout")
     for name, summary in stats.summaries.items():
-        logger.record(f"train/{name}", summary.last if name in OF_UPDATE else summary.mean)
-        if summary.count > 1:
-            for statistic in ("std", "min", "max"):
-                logger.record(f"train/{name}_{statistic}", getattr(summary, statistic), exclude="stdout")
-    logger.record("time/train_seconds", stats.train_seconds)
+        for statistic in SPREAD if summary.count > 1 else ():
+            logger.record(f"train/{name}_{statistic}", getattr(summary, statistic), exclude="stdout")
+    logger.record("time/train_seconds", stats.train_seconds, exclude="stdout")
 
 
 def share_accepted(steps: Sequence[PolicyStep]) -> float:

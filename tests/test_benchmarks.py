@@ -2,6 +2,8 @@
 
 import csv
 import importlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,15 +16,27 @@ OPTIONAL = {"rliable", "tianshou", "rl_zoo3", "pandas", "matplotlib", "yaml", "o
 STUDIES = ("spaces", "pixels", "options", "recurrent", "maskable", "critic")
 
 
+#: Packages that some scripts need and not every installation has.
+OPTIONAL = {"rliable", "tianshou", "rl_zoo3", "pandas", "matplotlib", "yaml", "optuna", "mujoco"}
+
+
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
     """Imports a script by its name."""
     monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module
+    for name in {script.stem for script in BENCHMARKS.glob("*.py")} - {"envs"}:  # envs registers its tasks once
+        sys.modules.pop(name, None)
 
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
 
-    return load
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_script_imports(load: Any, name: str) -> None:
+    try:
+        load(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in OPTIONAL:
+            raise
+        pytest.skip(f"needs {error.name}")
 
 
 @pytest.mark.filterwarnings("ignore:.*Overriding environment")

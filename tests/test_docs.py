@@ -5,13 +5,17 @@ Run every Python block of README and docs, and every cell of the notebooks, as t
 block where a package is not installed.
 """
 
+import inspect
 import json
 import re
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from sb3_trpo import TRPO
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
@@ -88,6 +92,29 @@ def test_docs_have_no_unknown_marks() -> None:
     for path in PAGES:
         for comment in re.findall(r"<!--.*?-->", path.read_text(encoding="utf-8")):
             assert MARK.fullmatch(comment), f"{path}: {comment}"
+
+
+def test_arguments_page_lists_the_constructors_arguments() -> None:
+    text = (ROOT / "docs" / "arguments.md").read_text(encoding="utf-8").partition("(log-keys)")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert listed == [name for name in inspect.signature(TRPO).parameters if name != "self"]
+
+
+def test_docs_name_existing_files_and_code() -> None:
+    """Paths like benchmarks/x.py, and the code in the table of how_it_works."""
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+    for path in pages:
+        for name in re.findall(
+            r"\b(?:benchmarks|examples|zoo_hyperparams|tests)/[\w/]+\.\w+", path.read_text(encoding="utf-8")
+        ):
+            assert (ROOT / name).exists(), f"{path}: {name}"
+    how = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+    names = re.findall(r"`((?:optim|rollouts|adapters)\.[\w.]+)`", how)
+    assert names
+    for name in names:
+        module, _, attribute = f"sb3_trpo.{name}".rpartition(".")
+        is_module = (ROOT / "sb3_trpo" / f"{name.replace('.', '/')}.py").exists()
+        assert is_module or hasattr(import_module(module), attribute), name
 
 
 def test_docs_name_no_index_that_has_no_release() -> None:

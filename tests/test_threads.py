@@ -1,10 +1,11 @@
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch as th
 from torch import nn
 
-from sb3_trpo import threads
+from sb3_trpo import TRPO, threads
 from sb3_trpo.threads import choose_threads, default_threads, training_threads
 
 MLP = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2))
@@ -58,6 +59,15 @@ def test_training_threads_restores_the_number_after_an_error() -> None:
 def test_training_threads_is_reentrant() -> None:
     with training_threads(MLP), training_threads(MLP) as inner:
         assert inner.number == 1
+    assert th.get_num_threads() == 3
+
+
+def test_predict_uses_the_threads_of_training() -> None:
+    seen: list[int] = []
+    model = TRPO("MlpPolicy", "CartPole-v1", n_steps=8, device="cpu")
+    model.policy.action_net.register_forward_hook(lambda *_: seen.append(th.get_num_threads()))
+    model.predict(np.zeros(4, np.float32))
+    assert seen == [1]
     assert th.get_num_threads() == 3
 
 

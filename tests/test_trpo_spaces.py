@@ -201,7 +201,9 @@ def test_logged_kl_is_the_joint_kl_and_at_most_target_kl(action: str, target_kl:
     assert max(model.kls) > 0.0
 
 
-@pytest.mark.parametrize("kwargs", [{"cg_preconditioner": None}, {"max_batch_size": 3}, {"critic_method": "minibatch"}])
+@pytest.mark.parametrize(
+    "kwargs", [{"cg_preconditioner": None}, {"max_batch_size": 3}, {"critic_method": "minibatch", "batch_size": 4}]
+)
 @pytest.mark.parametrize(
     ("observation", "action"),
     [("float32", "box"), ("float32", "gsde"), ("float32", "multi_discrete"), ("dict", "multi_binary"), ("image", "discrete")],

@@ -226,6 +226,7 @@ COMPARED = ("kl_divergence_loss", "policy_objective", "value_loss", "explained_v
 SINGLE_PRECISION = [name for name in UPDATES if name not in ("gsde", "scaled_returns")]
 
 
+@pytest.mark.filterwarnings("ignore:batch_size=1000000 does not divide")  # one minibatch of all states
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, th.float64) for name in UPDATES), *((name, th.float32) for name in SINGLE_PRECISION)]
 )
