@@ -29,16 +29,6 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
-def test_script_imports(load: Any, name: str) -> None:
-    try:
-        load(name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in OPTIONAL:
-            raise
-        pytest.skip(f"needs {error.name}")
-
-
 @pytest.mark.filterwarnings("ignore:.*Overriding environment")
 @pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
 def test_script_imports(load: Any, name: str) -> None:
