@@ -150,7 +150,7 @@ class Quadratic:
         surrogate = Surrogate(model.adapter.actor(batch), batch, 256)
         self._gradient = surrogate.gradient()
         self._fisher = FisherOperator(surrogate, model.cg_damping)
-        solution = conjugate_gradient(self._fisher, self._gradient, max_iter=25, rtol=2e-3)
+        solution = conjugate_gradient(self._fisher, self._gradient, max_iter=40, rtol=2e-4)
         self.iterations, self.residual = solution.iterations, solution.residual
         self._best = 0.5 * float(self._gradient.dot(solution.x))
 
