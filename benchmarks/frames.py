@@ -110,15 +110,15 @@ class Contender:
         policy_kwargs = {"share_features_extractor": share}
         self.model = algorithm("CnnPolicy", env, seed=0, device="cpu", policy_kwargs=policy_kwargs, **settings)
         self.model.set_logger(Logger(None, []))
-        self._rollout = rollout
+        self.rollout = rollout
         self.seconds: list[float] = []
 
     def update(self) -> None:
         """Put weights and rollout back, update, and note the CPU seconds."""
-        self.model.policy.load_state_dict(self._rollout["state"])
+        self.model.policy.load_state_dict(self.rollout["state"])
         buffer = self.model.rollout_buffer
         for name in BUFFER_ARRAYS:
-            setattr(buffer, name, self._rollout[name].copy())
+            setattr(buffer, name, self.rollout[name].copy())
         buffer.generator_ready, buffer.full, buffer.pos = False, True, buffer.buffer_size
         gc.collect()
         start = time.process_time()
@@ -144,17 +144,19 @@ class Quadratic:
     def __init__(self, contender: Contender) -> None:
         model = contender.model
         assert isinstance(model, TRPO)
-        model.policy.load_state_dict(contender._rollout["state"])
+        self._restore = lambda: model.policy.load_state_dict(contender.rollout["state"])  # F follows the weights
+        self._restore()
         model.policy.set_training_mode(False)
         batch = normalize_advantages(model.adapter.read())
         surrogate = Surrogate(model.adapter.actor(batch), batch, 256)
         self._gradient = surrogate.gradient()
         self._fisher = FisherOperator(surrogate, model.cg_damping)
-        solution = conjugate_gradient(self._fisher, self._gradient, max_iter=25, rtol=2e-3)
+        solution = conjugate_gradient(self._fisher, self._gradient, max_iter=40, rtol=2e-4)
         self.iterations, self.residual = solution.iterations, solution.residual
         self._best = 0.5 * float(self._gradient.dot(solution.x))
 
     def gains(self, x: th.Tensor) -> dict[str, float]:
+        self._restore()
         slope, curvature = float(self._gradient.dot(x)), float(x.dot(self._fisher(x)))
         return {
             "gain": round((slope - 0.5 * curvature) / self._best, 4),
