@@ -1,7 +1,7 @@
 """
 Where the line search starts: points tried and KL reached, from the full step and from where recent updates expect δ.
 
-    python benchmarks/first_point.py            # some five minutes on one core; each row is written when it ends
+    python benchmarks/first_point.py            # some ten minutes on one core; each row is written when it ends
     python benchmarks/first_point.py --table    # what the last run says
 
 Both kinds train with the same settings and seeds; only the first fraction of the step differs. Mean over all updates of a
