@@ -112,12 +112,12 @@ def overlap(task: str, rounds: int) -> dict[str, float]:
     collect()
     # The fit must not share its networks and rollout with the collecting beside it.
     rollout = copy.deepcopy(read_rollout(model.rollout_buffer, model.action_space))
-    actor = actor_parameters(other.policy, other._distribution, rollout.select(slice(1)).inputs)
+    actor = actor_parameters(other.policy, other.adapter.distribution, rollout.select(slice(1)).inputs)
     start = Snapshot(other.policy.parameters())
 
     def fit() -> None:
         start.restore()
-        other._fit_critic(rollout, actor)
+        other._fit_critic(other.adapter, rollout, actor)
 
     def both() -> None:
         thread = threading.Thread(target=fit)

@@ -29,9 +29,8 @@ from sb3_trpo import RecurrentTRPO
 from sb3_trpo.optim.batch import RolloutBatch, normalize_advantages
 from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.fisher import FisherOperator
-from sb3_trpo.optim.kfac import KFACPreconditioner, kfac_layers
+from sb3_trpo.optim.kfac import KFACPreconditioner
 from sb3_trpo.optim.objective import Surrogate
-from sb3_trpo.policies import actor_parameters
 
 LAMBDAS = (0.95, 0.9, 0.8, 0.5)
 N_ROLLOUTS, N_LONG = 8, 3
@@ -65,20 +64,17 @@ def collect(model: RecurrentTRPO) -> dict[float, list[RolloutBatch]]:
         model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
         dones = model._last_episode_starts
         with th.no_grad():
-            last_values = model._last_values(model._last_obs, dones)
+            last_values = model.adapter.last_values(model._last_obs, dones)
         for lam in LAMBDAS:
             model.rollout_buffer.gae_lambda = lam
             model.rollout_buffer.compute_returns_and_advantage(last_values, dones)
-            rollouts[lam].append(normalize_advantages(model._read_rollout()))
+            rollouts[lam].append(normalize_advantages(model.adapter.read()))
     return rollouts
 
 
 def linearize(model: RecurrentTRPO, rollout: RolloutBatch) -> Local:
-    actor = actor_parameters(model.policy, model._distribution, rollout.select(slice(1)).inputs)
-    layers = kfac_layers(model.policy, actor)
-    surrogate = Surrogate(model._distribution, rollout.chunks(None), layers)
-    inverse = KFACPreconditioner(surrogate, layers, actor, model.cg_damping)
-    return Local(surrogate.gradient(actor), FisherOperator(surrogate, actor, 0.0), inverse)
+    surrogate = Surrogate(model.adapter.actor(rollout), rollout)
+    return Local(surrogate.gradient(), FisherOperator(surrogate, 0.0), KFACPreconditioner(surrogate, model.cg_damping))
 
 
 def measure(model: RecurrentTRPO, rollouts: list[RolloutBatch], max_iter: int, rtol: float, n: int) -> tuple[float, float]:

@@ -248,16 +248,27 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 1,
-        tb_log_name: str = "OnPolicyAlgorithm",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfResumable:
-        """See :meth:`OnPolicyAlgorithm.learn`; signal handlers and torch's number of threads are restored at its end."""
+        """
+        Train. Signal handlers and torch's number of threads are restored at the end.
+
+        :param total_timesteps: environment steps to collect, over all environments; rollouts are always completed
+        :param callback: SB3 callback, or a list of them
+        :param log_interval: updates between two writes of the log
+        :param tb_log_name: name of the run in TensorBoard; None for the name of the algorithm
+        :param reset_num_timesteps: start counting at 0; False to continue an earlier call
+        :param progress_bar: show a progress bar (tqdm and rich)
+        :return: the model
+        """
+        name = self.algorithm() if tb_log_name is None else tb_log_name
         try:
             with training_threads(self.policy) as threads:
                 if self.verbose >= 1:
                     print(threads)
-                return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+                return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
         finally:
             release_signals()
 

@@ -1,11 +1,8 @@
 """Trust Region Policy Optimization for tasks where some actions are invalid at times."""
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import torch as th
 from gymnasium import spaces
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
@@ -14,21 +11,15 @@ from sb3_contrib.common.maskable.policies import (
     MaskableActorCriticPolicy,
     MaskableMultiInputActorCriticPolicy,
 )
-from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+from sb3_contrib.common.maskable.utils import is_masking_supported
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
-from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
-from torch import nn
 
-from sb3_trpo.optim.batch import Inputs, RolloutBatch
-from sb3_trpo.optim.critic import CriticFit
-from sb3_trpo.rollouts.eligibility import supports_deferred_evaluation
-from sb3_trpo.rollouts.fast_step import Observations
-from sb3_trpo.rollouts.samplers import ActionSampler, make_numpy_sampler
+from sb3_trpo.adapters.base import PolicyAdapter
+from sb3_trpo.adapters.maskable import MaskableAdapter
 from sb3_trpo.trpo import TRPO
 
 SelfMaskableTRPO = TypeVar("SelfMaskableTRPO", bound="MaskableTRPO")
@@ -86,38 +77,23 @@ class MaskableTRPO(TRPO):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
+    adapter_class: ClassVar[type[PolicyAdapter]] = MaskableAdapter
     policy: MaskableActorCriticPolicy  # type: ignore[assignment]
     rollout_buffer: MaskableRolloutBuffer | MaskableDictRolloutBuffer
     #: Whether actions are masked while collecting; set by :meth:`learn`.
     use_masking = True
-    _step_variables = TRPO._step_variables | {"action_masks"}
+
+    @property
+    def adapter(self) -> MaskableAdapter:
+        """See :attr:`TRPO.adapter`."""
+        return MaskableAdapter(self.policy, self.rollout_buffer, self.use_masking)
 
     def _setup_networks(self) -> None:
-        if not issubclass(self.policy_class, MaskableActorCriticPolicy):
-            raise ValueError(
-                f"policy={self.policy_class.__name__} is not allowed: it must derive from sb3-contrib's "
-                "MaskableActorCriticPolicy"
-            )
         if not isinstance(self.action_space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
             raise ValueError(
                 f"the action space {self.action_space} is not allowed: it must be Discrete, MultiDiscrete or MultiBinary"
             )
-        buffer_class: Any = self._buffer_class(MaskableRolloutBuffer, MaskableDictRolloutBuffer)
-        self._setup_lr_schedule()
-        self.set_random_seed(self.seed)
-        self.rollout_buffer = buffer_class(
-            self.n_steps,
-            self.observation_space,
-            self.action_space,
-            self.device,
-            gamma=self.gamma,
-            gae_lambda=self.gae_lambda,
-            n_envs=self.n_envs,
-            **self.rollout_buffer_kwargs,
-        )
-        self.policy = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs).to(
-            self.device
-        )
+        super()._setup_networks()
 
     def collect_rollouts(
         self,
@@ -158,54 +134,6 @@ class MaskableTRPO(TRPO):
             n_rollout_steps,
             self.use_masking,
         )
-
-    def _make_sampler(self, env: VecEnv, n_rollout_steps: int) -> ActionSampler | None:
-        numpy_sampler = make_numpy_sampler(self.policy, n_rollout_steps, env.num_envs)
-        if numpy_sampler is None and not supports_deferred_evaluation(self.policy):
-            return None
-        shape: tuple[int, ...] = self.action_space.shape  # type: ignore[assignment]
-
-        def sample(observations: Observations, step: int) -> np.ndarray:
-            action_masks = self._read_masks(env, step)
-            if numpy_sampler is not None:
-                return numpy_sampler(observations, step, action_masks)
-            obs_tensor: Any = obs_as_tensor(observations, self.device)
-            with th.no_grad():
-                distribution = self.policy.get_distribution(obs_tensor, action_masks)
-            return distribution.get_actions().cpu().numpy().reshape(-1, *shape)
-
-        return sample
-
-    @th.no_grad()
-    def _forward(self, env: VecEnv, observations: Observations, step: int) -> tuple[np.ndarray, dict[str, Any]]:
-        obs_tensor: Any = obs_as_tensor(observations, self.device)
-        actions, values, log_probs = self.policy(obs_tensor, action_masks=self._read_masks(env, step))
-        variables = {"obs_tensor": obs_tensor, "values": self._value_scale * values, "log_probs": log_probs}
-        return actions.cpu().numpy(), {**variables, **self._more_variables(step)}
-
-    def _read_masks(self, env: VecEnv, step: int) -> np.ndarray | None:
-        """Which actions are valid now, written into the buffer as well; None for all."""
-        if self.use_masking:
-            stored = self.rollout_buffer.action_masks
-            stored[step] = get_action_masks(env).reshape(stored.shape[1:])
-        return self._masks(step)
-
-    def _masks(self, step: int) -> np.ndarray | None:
-        return self.rollout_buffer.action_masks[step] > 0.5 if self.use_masking else None
-
-    def _more_variables(self, step: int) -> dict[str, Any]:
-        return {"action_masks": self._masks(step)}
-
-    def _evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
-        observations, action_masks = _apart(rollout.inputs)
-        return self.policy.evaluate_actions(observations, rollout.actions, action_masks=action_masks)[:2]
-
-    def _distribution(self, inputs: Inputs) -> Distribution:
-        observations, action_masks = _apart(inputs)
-        return self.policy.get_distribution(observations, action_masks=action_masks)
-
-    def _fit_critic(self, batch: RolloutBatch, actor: Sequence[nn.Parameter], tracked: Sequence[nn.Module] = ()) -> CriticFit:
-        return super()._fit_critic(replace(batch, inputs=_apart(batch.inputs)[0]), actor, tracked)
 
     def predict(
         self,
@@ -251,9 +179,3 @@ class MaskableTRPO(TRPO):
         """
         self.use_masking = use_masking
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-
-
-def _apart(inputs: Inputs) -> tuple[Any, Any]:
-    """Observations and action masks."""
-    assert isinstance(inputs, dict)
-    return inputs["observations"], inputs["action_masks"]

@@ -3,7 +3,6 @@
 import math
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
@@ -14,6 +13,7 @@ from sb3_trpo.optim.line_search import Evaluation, LineSearchResult, LineSearchS
 from sb3_trpo.optim.objective import Surrogate
 from sb3_trpo.optim.parameters import Snapshot, assign, flatten, is_step
 from sb3_trpo.optim.statistics import PolicyStep
+from sb3_trpo.reporting import share_accepted
 from sb3_trpo.trpo import TRPO
 
 LINE_SEARCH_ARGUMENTS = ("line_search_shrinking_factor", "line_search_max_iter", "line_search_accept_ratio")
@@ -76,7 +76,6 @@ class NPG(TRPO):
         return LineSearchResult(LineSearchStatus.REJECTED, 0.0, 0, start)
 
     def _record_outcomes(self, steps: list[PolicyStep]) -> None:
-        accepted = [step.search.outcome is LineSearchStatus.ACCEPTED for step in steps]
-        self.logger.record("train/is_step_success", float(np.mean(accepted)))
+        self.logger.record("train/is_step_success", share_accepted(steps))
         if self.actor_step_size is None:
             self.logger.record("train/target_kl", self._current_target_kl)

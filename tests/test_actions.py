@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from sb3_trpo import TRPO, MlpPolicy
 from sb3_trpo.actions import BoundedActionPolicy, CustomDistribution, TanhGaussianDistribution, log_tanh_slope, raw_actions
-from sb3_trpo.adapters.models import components, policy_output
+from sb3_trpo.adapters.models import actor_mlp, components, policy_output
 from sb3_trpo.optim.distributions import has_closed_form, joint_kl
 from sb3_trpo.optim.fisher import FisherOperator
 from sb3_trpo.optim.parameters import flatten
@@ -288,7 +288,7 @@ def test_the_environment_gets_scaled_actions_and_the_buffer_raw_ones(
 @pytest.mark.parametrize("action_bound", BOUNDS)
 def test_lean_and_general_actors_agree(action_bound: str) -> None:
     policy = make_policy(action_bound=action_bound)
-    actor = make_sampler(policy, 1, 4000, -1)
+    actor = make_sampler(policy, actor_mlp(policy), 1, 4000, -1)
     assert isinstance(actor, NumpyActionSampler)
     observation = states(1).expand(4000, -1)
     raw = actor(observation.numpy(), 0)

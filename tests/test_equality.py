@@ -196,11 +196,11 @@ class TestEquality:
         if not row.stays:
             pytest.skip("the policy that acted is no more")
         run = Run(row, row.algorithm.collect_rollouts, n_rollouts=1)
-        rollout, buffer = run.model._read_rollout(), run.model.rollout_buffer
+        rollout, buffer = run.model.adapter.read(), run.model.rollout_buffer
         run.model.policy.set_training_mode(False)
         with th.no_grad():
             errors, spreads = deviations(run.model, rollout.inputs, rollout.actions)
-            log_probs = run.model._distribution(rollout.inputs).log_prob(rollout.actions)
+            log_probs = run.model.adapter.distribution(rollout.inputs).log_prob(rollout.actions)
         real = rollout.weights > 0
         expected = spreads[real].square().sum(dim=0)
         errors, expected = errors[real][:, expected > 0], expected[expected > 0]  # but for the only one of the valid actions
@@ -216,7 +216,7 @@ class TestEquality:
         exact = {"cg_max_steps": 200, "cg_residual_tol": 1e-6, "target_kl": 1e-3}
         model = Run(row, row.algorithm.collect_rollouts, n_rollouts=1, **exact).model
         model.policy.set_training_mode(False)
-        rollout = model._read_rollout()
+        rollout = model.adapter.read()
         actor, direction = dense_direction(model, rollout)
         before = th.cat([parameter.detach().flatten().clone() for parameter in actor]).double()
         with th.no_grad():
@@ -265,7 +265,7 @@ def dense_direction(model: Any, rollout: Any) -> tuple[list[th.Tensor], th.Tenso
     """θ, and (F + λI)⁻¹ g by a dense F, the Hessian of the mean joint KL; None for more than a few hundred parameters."""
     distributions = torch_distributions(model, rollout.inputs)
     fixed = [detached(distribution) for distribution in distributions]
-    log_prob = model._distribution(rollout.inputs).log_prob(rollout.actions)
+    log_prob = model.adapter.distribution(rollout.inputs).log_prob(rollout.actions)
     parameters = list(model.policy.parameters())
     found = th.autograd.grad(log_prob.sum(), parameters, allow_unused=True, retain_graph=True)
     actor = [parameter for parameter, gradient in zip(parameters, found, strict=True) if gradient is not None]

@@ -121,15 +121,15 @@ class Case:
         self.masks = th.as_tensor(draw_masks(np.random.default_rng(0), self.choices, N_STATES))
         inputs = {"observations": th.randn(N_STATES, 3), "action_masks": self.masks}
         with th.no_grad():
-            actions = self.model._distribution(inputs).sample()
+            actions = self.model.adapter.distribution(inputs).sample()
         advantages, returns = th.randn(2, N_STATES, dtype=th.float64)
         weights = th.full((N_STATES,), 1.0 / N_STATES, dtype=th.float64)
         self.rollout = RolloutBatch(inputs, actions, advantages, returns, weights)
-        self.actor = actor_parameters(self.policy, self.model._distribution, inputs)
+        self.actor = actor_parameters(self.policy, self.model.adapter.distribution, inputs)
 
     def surrogate(self, chunk_size: int | None = None, mlp: MLP | None = None) -> Surrogate:
         layers = kfac_layers(self.policy, self.actor)
-        return Surrogate(policy_model(self.model._distribution, self.actor, layers, mlp), self.rollout, chunk_size)
+        return Surrogate(policy_model(self.model.adapter.distribution, self.actor, layers, mlp), self.rollout, chunk_size)
 
     def by_hand(self) -> list[list[th.Tensor]]:
         """Log-probabilities of the valid choices, for each state and part."""
@@ -248,7 +248,7 @@ class TestDerivatives:
         assert float(th.linalg.eigvalsh(dense)[0]) > 0.0
 
     def test_components_of_a_maskable_distribution(self, case):
-        parts = components(case.model._distribution(case.rollout.inputs))
+        parts = components(case.model.adapter.distribution(case.rollout.inputs))
         assert len(parts) == len(case.choices)
         assert has_closed_form(parts)
         for part, mask in zip(parts, case.masks.split(case.choices, dim=1), strict=True):
@@ -330,7 +330,7 @@ class TestCollecting:
         n_steps = 3_500 if is_lean else 300
         activation = nn.Tanh if is_lean else nn.Softplus
         model = make_model(action, n_steps=n_steps, policy_kwargs={"activation_fn": activation})
-        assert (make_numpy_sampler(model.policy, 1, 1) is not None) == is_lean
+        assert (make_numpy_sampler(model.policy, actor_mlp(model.policy), 1, 1) is not None) == is_lean
         with th.no_grad():
             model.policy.action_net.weight.mul_(100.0)
         _, callback = model._setup_learn(10**6, Recorder())
@@ -345,7 +345,7 @@ class TestCollecting:
         n = 40_000
         observations = np.tile(np.random.default_rng(0).normal(size=3).astype(np.float32), (n, 1))
         masks = np.tile(draw_masks(np.random.default_rng(1), ACTIONS[action][1], 1), (n, 1))
-        actions = make_numpy_sampler(model.policy, 1, n)(observations, 0, masks).reshape(n, -1)
+        actions = make_numpy_sampler(model.policy, actor_mlp(model.policy), 1, n)(observations, 0, masks).reshape(n, -1)
         parts = components(model.policy.get_distribution(th.as_tensor(observations[:1]), masks[:1]))
         for dimension, part in enumerate(parts):
             expected = part.probs[0].detach().numpy()
@@ -374,7 +374,7 @@ class TestCollecting:
 
         model = make_model("multi_discrete", rollout_buffer_class=Own)
         model.learn(N_STEPS * N_ENVS)
-        rollout = model._read_rollout()
+        rollout = model.adapter.read()
         assert float(rollout.returns.min()) > 50.0
         assert rollout.inputs["action_masks"].dtype == th.bool
         assert model.last_update.kl_divergence_loss.last > 0.0

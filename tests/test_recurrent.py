@@ -24,6 +24,7 @@ from torch import nn
 
 from sb3_trpo import RecurrentTRPO
 from sb3_trpo.adapters.models import actor_parameters, components, critic_parameters
+from sb3_trpo.adapters.recurrent import RecurrentAdapter
 from sb3_trpo.adapters.sequences import read_sequences, without_cudnn
 from sb3_trpo.optim.batch import RolloutBatch, map_inputs, normalize_advantages
 from sb3_trpo.optim.critic import fit_minibatches
@@ -205,14 +206,14 @@ class Case:
             [np.stack([self.model.action_space.sample() for _ in range(N_ENVS)]) for _ in range(N_STEPS)]
         ).reshape(buffer.actions.shape)
         buffer.full = True
-        self.rollout = as_double(self.model._read_rollout())
+        self.rollout = as_double(self.model.adapter.read())
         self.steps = Steps(self.model)
-        self.actor = actor_parameters(self.model.policy, self.model._distribution, self.rollout.select(slice(1)).inputs)
+        self.actor = actor_parameters(self.model.policy, self.model.adapter.distribution, self.rollout.select(slice(1)).inputs)
 
     def surrogate(self, rollout: RolloutBatch | None = None, chunk_size: int | None = None, **kwargs: Any) -> Surrogate:
         rollout = self.rollout if rollout is None else rollout
         layers = kfac_layers(self.model.policy, self.actor)
-        return Surrogate(policy_model(self.model._distribution, self.actor, layers), rollout, chunk_size, **kwargs)
+        return Surrogate(policy_model(self.model.adapter.distribution, self.actor, layers), rollout, chunk_size, **kwargs)
 
     def preconditioner(self, rollout: RolloutBatch | None = None, chunk_size: int | None = None) -> KFACPreconditioner:
         return KFACPreconditioner(self.surrogate(rollout, chunk_size), 0.1)
@@ -284,11 +285,11 @@ class TestSequences:
         assert not buffer.episode_starts[0].all()
         if read_before:
             next(buffer.get())
-        rollout = model._read_rollout()
+        rollout = model.adapter.read()
         real = rollout.mask
         with th.no_grad():
-            log_probs = model._distribution(rollout.inputs).log_prob(rollout.actions)
-            values = model._values(rollout.inputs)
+            log_probs = model.adapter.distribution(rollout.inputs).log_prob(rollout.actions)
+            values = model.adapter.values(rollout.inputs)
         numbers = {"log_probs": log_probs, "values": values, "advantages": rollout.advantages, "returns": rollout.returns}
         for key, array in expected.items():
             np.testing.assert_allclose(numbers[key][real].numpy(), array, atol=1e-5, err_msg=key)
@@ -427,7 +428,7 @@ class TestDerivatives:
         case = Case("box")
         with th.no_grad():
             case.model.policy.log_std.fill_(-9.0)
-            likely = case.model._distribution(case.rollout.inputs).mode()
+            likely = case.model.adapter.distribution(case.rollout.inputs).mode()
         rollout = garbage(replace(case.rollout, actions=likely))
         surrogate = case.surrogate(rollout)
         with th.no_grad():
@@ -449,7 +450,7 @@ class TestCritic:
     def test_it_has_what_the_policy_has_not(self, name):
         case = Case(name)
         policy = case.model.policy
-        critic = critic_parameters(policy, case.model._values, case.rollout.select(slice(1)).inputs, case.actor)
+        critic = critic_parameters(policy, case.model.adapter.values, case.rollout.select(slice(1)).inputs, case.actor)
         names = {name for name, p in policy.named_parameters() if any(p is q for q in critic)}
         own = {"box": "lstm_critic.", "no_critic_lstm": "critic.", "shared_lstm": "mlp_extractor.value_net"}[name]
         assert any(found.startswith(own) for found in names)
@@ -465,7 +466,7 @@ class TestCritic:
             before = case.steps.values().detach()
             returns = th.as_tensor(case.model.rollout_buffer.returns).double()
             th.manual_seed(0)
-            fit = case.model._fit_critic(change(case.rollout), case.actor)
+            fit = case.model._fit_critic(case.model.adapter, change(case.rollout), case.actor)
             assert fit.succeeded
             assert th.equal(flatten(case.actor), actor)
             after = case.steps.values().detach()
@@ -482,9 +483,9 @@ class TestCritic:
 
         def values(inputs: Any) -> th.Tensor:
             sizes.append(len(inputs["critic_states"]))
-            return case.model._values(inputs)
+            return case.model.adapter.values(inputs)
 
-        critic = critic_parameters(case.model.policy, case.model._values, case.rollout.inputs, case.actor)
+        critic = critic_parameters(case.model.policy, case.model.adapter.values, case.rollout.inputs, case.actor)
         optimizer = case.model.policy.optimizer
         fit_minibatches(values, case.rollout, critic=critic, optimizer=optimizer, batch_size=batch_size, n_epochs=1)
         assert max(sizes) == max(batch_size // N_STEPS, 1)
@@ -517,8 +518,9 @@ class TestCollecting:
             th.manual_seed(3)
             collect(model, loop, 2, partial(callback_class, 10**6) if callback_class is not Quiet else Quiet)
             filled.append(contents(model))
-            if loop is RecurrentTRPO.collect_rollouts:
-                assert (model._networks is not None) == serves_lstm(model.policy)
+            adapter = model.adapter
+            adapter.start_rollout(model.env, N_STEPS, -1, is_watched=False)
+            assert (adapter.networks is not None) == serves_lstm(model.policy)
             states.append(model._last_lstm_states)
         tolerance = 1e-4 if name == "image" else 1e-5  # SB3's loop hands convolutions transposed images
         for key, array in filled[1].items():
@@ -672,12 +674,12 @@ class TestUpdate:
         assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
 
     @pytest.mark.parametrize("method", ["gauss_newton", "minibatch"])
-    def test_chunks_of_whole_sequences_change_nothing_but_rounding(self, method):
+    def test_chunks_of_whole_sequences_change_nothing_but_rounding(self, method, monkeypatch):
+        read = RecurrentAdapter.read
+        monkeypatch.setattr(RecurrentAdapter, "read", lambda adapter: as_double(read(adapter)))
         results = []
         for max_batch_size in (None, 2 * N_STEPS):
             model = Case("box", critic_method=method, max_batch_size=max_batch_size).model
-            read = model._read_rollout
-            model._read_rollout = lambda read=read: as_double(read())
             model._setup_learn(10**6, None)
             th.manual_seed(0)
             model.train()

@@ -21,13 +21,13 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
 from sb3_trpo.actions import BoundedActionPolicy, TanhGaussianDistribution
-from sb3_trpo.adapters.plain import are_original, has_patched_methods, is_plain
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.critic import value_output
 from sb3_trpo.optim.distributions import Components, detach, has_closed_form, joint_kl
 from sb3_trpo.optim.kfac import kfac_layers
 from sb3_trpo.optim.mlp import MLP, as_mlp, recorded_calls
 from sb3_trpo.optim.objective import Model, ModelOutput
+from sb3_trpo.optim.plain import are_original, has_patched_methods, is_plain
 from sb3_trpo.optim.sequential import Sequential, as_sequential
 
 PolicyFunction = Callable[[Inputs], Distribution]

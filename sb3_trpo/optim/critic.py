@@ -14,10 +14,10 @@ from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.fisher import FisherOperator
 from sb3_trpo.optim.kfac import KFACPreconditioner
-from sb3_trpo.optim.line_search import Evaluation, LineSearchStatus, backtracking_line_search
+from sb3_trpo.optim.line_search import Evaluation, LineSearchStatus, search_along
 from sb3_trpo.optim.mlp import recorded_calls
 from sb3_trpo.optim.objective import Model, ModelOutput, RolloutObjective
-from sb3_trpo.optim.parameters import Snapshot, all_finite, assign, flatten
+from sb3_trpo.optim.parameters import Snapshot, all_finite
 
 ValueFunction = Callable[[Inputs], th.Tensor]
 
@@ -185,21 +185,14 @@ def fit_gauss_newton(
 
 def _improve(regression: ValueRegression, step: th.Tensor, slope: float) -> ValueRegression | None:
     """Take the step, or the first of its halves that lowers the loss; otherwise restore the critic."""
-    critic = regression.model.parameters
-    before = Snapshot(critic)
-    start = flatten(critic).detach()
     candidate = regression
 
-    def evaluate(fraction: float) -> Evaluation:
+    def evaluate() -> Evaluation:
         nonlocal candidate
-        assign(critic, start + fraction * step)
         candidate = regression.relinearize()
         return Evaluation(objective=-candidate.loss, kl=0.0)
 
-    search = backtracking_line_search(
-        evaluate, Evaluation(-regression.loss, 0.0), target_kl=0.0, shrink=0.5, max_iter=6, slope=slope
-    )
-    if search.outcome is LineSearchStatus.ACCEPTED:
-        return candidate
-    before.restore()
-    return None
+    start = Evaluation(-regression.loss, 0.0)
+    critic = regression.model.parameters
+    search = search_along(step, critic, evaluate, start, target_kl=0.0, shrink=0.5, max_iter=6, slope=slope)
+    return candidate if search.outcome is LineSearchStatus.ACCEPTED else None

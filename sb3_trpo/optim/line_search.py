@@ -1,9 +1,13 @@
 """How far to go along the direction: the longest step the trust region allows, then backtracking."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch as th
+
+from sb3_trpo.optim.parameters import Snapshot, assign, flatten
 
 #: Share of the trust region at which the first point aims; the rest leaves room for the error of the prediction.
 AIM = 0.97
@@ -154,3 +158,36 @@ def backtracking_line_search(
             is_last = backtracks == max_iter - 2 and 0.0 < fraction * slope < missing < math.inf
             fraction *= 0.5 * fraction * slope / missing if is_last else shrink
     return LineSearchResult(LineSearchStatus.REJECTED, 0.0, max_iter, start)
+
+
+def search_along(
+    step: th.Tensor,
+    parameters: Sequence[th.Tensor],
+    evaluate: Callable[[], Evaluation],
+    start: Evaluation,
+    *,
+    buffers: Iterable[th.Tensor] = (),
+    **options: Any,
+) -> LineSearchResult:
+    """
+    Move parameters along a step as far as :func:`backtracking_line_search` allows, or not at all.
+
+    :param step: the full step βs, flat
+    :param parameters: θ
+    :param evaluate: objective and KL at the present θ
+    :param start: objective and KL at the θ before
+    :param buffers: tensors that evaluating may change; restored together with θ
+    :param options: further arguments of :func:`backtracking_line_search`
+    :return: the accepted point, or ``start``
+    """
+    before = Snapshot([*parameters, *buffers])
+    theta = flatten(parameters).detach()
+
+    def evaluate_at(fraction: float) -> Evaluation:
+        assign(parameters, theta + fraction * step)
+        return evaluate()
+
+    search = backtracking_line_search(evaluate_at, start, **options)
+    if search.outcome is LineSearchStatus.REJECTED:
+        before.restore()
+    return search

@@ -54,6 +54,32 @@ def track(
     return [layer for layer in layers if layer in used]
 
 
+def track_inside(
+    layers: Sequence[_NormBase],
+    function: Callable[[Inputs], object],
+    batch: RolloutBatch,
+    chunk_size: int | None,
+    evaluate: Callable[[], Evaluation],
+    target_kl: float,
+) -> tuple[list[_NormBase], Evaluation | None]:
+    """
+    Move the policy's running statistics as :func:`track` does, as far as their share of the trust region allows.
+
+    :param layers: normalization layers of the policy
+    :param function: observations ↦ distribution
+    :param batch: the rollout, or this process's shard of it
+    :param chunk_size: most states in one forward pass; None for all
+    :param evaluate: objective and KL at the present statistics
+    :param target_kl: δ in nats
+    :return: the layers that the distribution depends on, and objective and KL afterwards; None if there are none
+    """
+    old = {layer: flatten(statistics([layer])) for layer in layers}
+    used = track(layers, function, batch, chunk_size) if layers else []
+    if not used:
+        return [], None
+    return used, keep_within(used, th.cat([old[layer] for layer in used]), evaluate, STATISTICS_SHARE * target_kl)
+
+
 @th.no_grad()
 def keep_within(
     layers: Sequence[_NormBase], old: th.Tensor, evaluate: Callable[[], Evaluation], target_kl: float

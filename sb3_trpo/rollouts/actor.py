@@ -5,65 +5,94 @@ is. If it is changed on the way, the steps so far are evaluated by the policy th
 everything at every step from there on, as in SB3's loop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo.optim.batch import RolloutBatch
+from sb3_trpo.rollouts.acting import ActingPolicy
+from sb3_trpo.rollouts.callback_locals import are_known, compute_locals
 from sb3_trpo.rollouts.collect import Truncation, bootstrap, write_decisions
+from sb3_trpo.rollouts.eligibility import draws_random_numbers, has_known_modules
 from sb3_trpo.rollouts.fast_step import Observations
 from sb3_trpo.rollouts.policy_state import PolicyState
 from sb3_trpo.rollouts.samplers import ActionSampler
 
 
-class PolicyCalls(Protocol):
-    """What the actor asks of an algorithm: how its family of policies is called."""
+def make_actor(
+    adapter: ActingPolicy,
+    env: VecEnv,
+    callback: BaseCallback,
+    observations: Observations,
+    n_steps: int,
+    *,
+    sde_sample_freq: int,
+    value_scale: float,
+    chunk_size: int | None,
+) -> "RolloutActor":
+    """
+    Decide how to act in the next rollout.
 
-    policy: Any
-    rollout_buffer: Any
+    The policy is watched where somebody may change it: a callback that is neither SB3's nor this package's, or modules
+    of the user's own that are called at every step.
 
-    @property
-    def _chunk_size(self) -> int | None: ...
-
-    @property
-    def _value_scale(self) -> float: ...
-
-    def _read_rollout(self) -> RolloutBatch: ...
-
-    def _evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]: ...
-
-    def _forward(self, env: VecEnv, observations: Observations, step: int) -> tuple[np.ndarray, dict[str, Any]]: ...
-
-    def _more_variables(self, step: int) -> dict[str, Any]: ...
-
-    def _last_values(self, observations: Observations, dones: np.ndarray) -> th.Tensor: ...
-
-    def _truncated_values(self, truncations: list[Truncation]) -> list[float]: ...
+    :param adapter: calls the policy
+    :param env: the training environment
+    :param callback: the outermost callback; it and those inside it find SB3's local variables
+    :param observations: the first observations
+    :param n_steps: steps in the rollout
+    :param sde_sample_freq: sample a new gSDE noise matrix every so many steps; -1 for once a rollout
+    :param value_scale: factor of the critic's outputs
+    :param chunk_size: most states in one forward pass; None for all
+    :return: acts, and fills the buffer's values and log-probabilities
+    """
+    is_known = are_known(callback)
+    sampler = adapter.start_rollout(env, n_steps, sde_sample_freq, not is_known)
+    may_change_itself = sampler is not None and sampler.calls_policy and not has_known_modules(adapter.policy)
+    if may_change_itself and draws_random_numbers(adapter.policy, obs_as_tensor(observations, adapter.policy.device)):
+        sampler = None
+    actor = RolloutActor(adapter, env, sampler, may_change_itself or not is_known, value_scale, chunk_size)
+    if not is_known:
+        compute_locals(callback, adapter.step_variables, actor.variables)
+    return actor
 
 
 class RolloutActor:
     """
     Acts, and fills the buffer's values and log-probabilities.
 
-    :param algorithm: calls the policy
+    :param adapter: calls the policy
     :param env: the training environment
     :param sampler: samples actions without evaluating them; None to call the policy's ``forward`` at every step
     :param is_watched: whether the policy may change during the rollout
+    :param value_scale: factor of the critic's outputs
+    :param chunk_size: most states in one forward pass; None for all
     """
 
-    def __init__(self, algorithm: PolicyCalls, env: VecEnv, sampler: ActionSampler | None, is_watched: bool) -> None:
-        self._algorithm = algorithm
+    def __init__(
+        self,
+        adapter: ActingPolicy,
+        env: VecEnv,
+        sampler: ActionSampler | None,
+        is_watched: bool,
+        value_scale: float = 1.0,
+        chunk_size: int | None = None,
+    ) -> None:
+        self._adapter = adapter
         self._env = env
-        self._buffer: RolloutBuffer = algorithm.rollout_buffer
-        self._policy: BasePolicy = algorithm.policy
+        self._buffer: RolloutBuffer = adapter.buffer
+        self._policy: BasePolicy = adapter.policy
         self._sampler = sampler
+        self._value_scale = value_scale
+        self._chunk_size = chunk_size
         self._state = PolicyState(self._policy) if is_watched and sampler is not None else None
         self._n_evaluated = 0
         self._step = -1
@@ -74,7 +103,7 @@ class RolloutActor:
         self._bootstraps: list[tuple[Truncation, float]] = []
 
     @property
-    def act(self) -> ActionSampler:
+    def act(self) -> Callable[[Observations, int], np.ndarray]:
         """Observations and the number of a step ↦ actions; the sampler itself if nothing more is to be done at a step."""
         return self._act if self._sampler is None or self._state is not None else self._sampler
 
@@ -84,7 +113,8 @@ class RolloutActor:
         if self._sampler is not None:
             self._actions = self._sampler(observations, step)
         else:
-            self._actions, self._variables = self._algorithm._forward(self._env, observations, step)
+            self._actions, self._variables = self._adapter.forward(self._env, observations, step)
+            self._variables["values"] = self._value_scale * self._variables["values"]
             self._buffer.values[step] = self._variables["values"].flatten().cpu().numpy()
             self._buffer.log_probs[step] = self._variables["log_probs"].cpu().numpy()
             self._n_evaluated = step + 1
@@ -99,8 +129,8 @@ class RolloutActor:
         if self._variables is None:
             write_decisions(self._buffer, self._step, self._observations, self._actions)
             with th.no_grad(), self._acting_policy():
-                values, log_probs = self._algorithm._evaluate(self._rows(self._step, self._step + 1))
-            values = self._algorithm._value_scale * values.reshape(-1, 1)
+                values, log_probs = self._adapter.evaluate(self._rows(self._step, self._step + 1))
+            values = self._value_scale * values.reshape(-1, 1)
             self._variables = {**self._unevaluated(), "values": values, "log_probs": log_probs}
         return self._variables
 
@@ -130,7 +160,7 @@ class RolloutActor:
         with th.no_grad():
             self._evaluate_steps(n_steps)
             self._bootstrap(self._pending)
-            last_values = self._algorithm._last_values(last_observations, last_dones)
+            last_values = self._value_scale * self._adapter.last_values(last_observations, last_dones)
         bootstrap(self._buffer, self._bootstraps, last_values, last_dones)
         if self._variables is None and self._step >= 0:
             log_probs = th.as_tensor(self._buffer.log_probs[self._step], device=self._policy.device)
@@ -172,10 +202,8 @@ class RolloutActor:
         first, n_envs = self._n_evaluated, self._buffer.n_envs
         if first == n_steps:
             return
-        evaluated = [
-            self._algorithm._evaluate(chunk) for chunk in self._rows(first, n_steps).chunks(self._algorithm._chunk_size)
-        ]
-        values = self._algorithm._value_scale * th.cat([values.flatten() for values, _ in evaluated])
+        evaluated = [self._adapter.evaluate(chunk) for chunk in self._rows(first, n_steps).chunks(self._chunk_size)]
+        values = self._value_scale * th.cat([values.flatten() for values, _ in evaluated])
         self._buffer.values[first:n_steps] = values.cpu().numpy().reshape(-1, n_envs)
         self._buffer.log_probs[first:n_steps] = th.cat([each for _, each in evaluated]).cpu().numpy().reshape(-1, n_envs)
         self._n_evaluated = n_steps
@@ -183,13 +211,14 @@ class RolloutActor:
     @th.no_grad()
     def _bootstrap(self, truncations: list[Truncation]) -> None:
         if truncations:
-            self._bootstraps += zip(truncations, self._algorithm._truncated_values(truncations), strict=True)
+            values = th.tensor(self._adapter.truncated_values(truncations, self._chunk_size), dtype=th.float32, device="cpu")
+            self._bootstraps += zip(truncations, (self._value_scale * values).tolist(), strict=True)
 
     def _rows(self, first: int, stop: int) -> RolloutBatch:
-        n_envs, rollout = self._buffer.n_envs, self._algorithm._read_rollout()
+        n_envs, rollout = self._buffer.n_envs, self._adapter.read()
         is_whole = first == 0 and stop == self._buffer.buffer_size
         return rollout if is_whole else rollout.select(slice(first * n_envs, stop * n_envs))
 
     def _unevaluated(self) -> dict[str, Any]:
         obs_tensor = obs_as_tensor(self._observations, self._policy.device)
-        return {"obs_tensor": obs_tensor, **self._algorithm._more_variables(self._step)}
+        return {"obs_tensor": obs_tensor, **self._adapter.more_variables(self._step)}

@@ -10,7 +10,7 @@ from typing import Any
 from stable_baselines3.common import callbacks
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, LogEveryNTimesteps
 
-from sb3_trpo.adapters.plain import are_original, has_patched_methods, is_of_library, remember
+from sb3_trpo.optim.plain import are_original, has_patched_methods, is_of_library, remember
 
 remember(*{item for item in vars(callbacks).values() if isinstance(item, type) and issubclass(item, BaseCallback)})
 

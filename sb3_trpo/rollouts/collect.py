@@ -63,27 +63,18 @@ def write_decisions(buffer: RolloutBuffer, step: int, observations: Observations
     buffer.actions[step] = actions.reshape(buffer.actions.shape[1:])
 
 
-def write_step(
-    buffer: RolloutBuffer,
-    step: int,
-    observations: Observations,
-    actions: np.ndarray,
-    rewards: np.ndarray,
-    episode_starts: np.ndarray,
-) -> None:
+def write_step(buffer: RolloutBuffer, step: int, observations: Observations, actions: np.ndarray, rewards: np.ndarray) -> None:
     """
-    Write a step of all environments into the buffer, but for values and log-probabilities.
+    Write a step of all environments into the buffer, except episode starts, values and log-probabilities.
 
     :param buffer: the buffer
     :param step: its row
     :param observations: observations that were acted on
     :param actions: actions taken, before clipping
     :param rewards: rewards received
-    :param episode_starts: whether each observation began an episode
     """
     write_decisions(buffer, step, observations, actions)
     buffer.rewards[step] = rewards
-    buffer.episode_starts[step] = episode_starts
     buffer.pos = step + 1
 
 

@@ -15,9 +15,8 @@ from torch import nn
 
 from sb3_trpo import actions
 from sb3_trpo.actions import BoundedActionPolicy
-from sb3_trpo.adapters.models import actor_mlp
-from sb3_trpo.adapters.plain import are_original, has_hooks, has_patched_methods, is_of_library, is_plain, remember
 from sb3_trpo.optim.mlp import MLP
+from sb3_trpo.optim.plain import are_original, has_hooks, has_patched_methods, is_of_library, is_plain, remember
 from sb3_trpo.rollouts.policy_state import PolicyState
 
 for library in (policies, torch_layers, distributions, maskable_distributions, actions):
@@ -91,19 +90,18 @@ def draws_random_numbers(policy: ActorCriticPolicy, observations: th.Tensor | di
     return not th.equal(before, after)
 
 
-def numpy_mlp(policy: BasePolicy) -> MLP | None:
+def acts_as_mlp(policy: BasePolicy, mlp: MLP) -> bool:
     """
-    Return the network that NumPy may evaluate in place of the policy, or None.
+    Return True if NumPy may evaluate the actor in place of the policy.
 
     :param policy: the policy
+    :param mlp: its actor
     """
-    mlp = actor_mlp(policy) if _acts_as_its_class(policy) else None
-    tensors = [] if mlp is None else [*mlp.parameters, *([policy.log_std] if hasattr(policy, "log_std") else [])]
-    fits = (
-        mlp is not None
+    tensors = [*mlp.parameters, *([policy.log_std] if hasattr(policy, "log_std") else [])]
+    return (
+        _acts_as_its_class(policy)
         and type(policy.observation_space) is spaces.Box
         and not is_image_space(policy.observation_space)
         and all(type(activation) in NUMPY_ACTIVATIONS for activation in mlp.activations)
         and all(tensor.dtype is th.float32 and tensor.device.type == "cpu" for tensor in tensors)
     )
-    return mlp if fits else None

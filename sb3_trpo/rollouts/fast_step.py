@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
-from sb3_trpo.adapters.plain import are_original, has_patched_methods, remember
+from sb3_trpo.optim.plain import are_original, has_patched_methods, remember
 
 Observations = np.ndarray | dict[str, np.ndarray]
 

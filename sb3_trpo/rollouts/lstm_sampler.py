@@ -17,8 +17,8 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
-from sb3_trpo.adapters.plain import are_original, has_patched_methods, is_plain, remember
 from sb3_trpo.optim.lstm import is_standard
+from sb3_trpo.optim.plain import are_original, has_patched_methods, is_plain, remember
 from sb3_trpo.rollouts.fast_step import Observations
 from sb3_trpo.rollouts.samplers import ACTIVATIONS
 

@@ -13,12 +13,16 @@ from torch import nn
 
 from sb3_trpo.actions import BoundedActionPolicy
 from sb3_trpo.optim.mlp import MLP
-from sb3_trpo.rollouts.eligibility import numpy_mlp, supports_deferred_evaluation
+from sb3_trpo.rollouts.eligibility import acts_as_mlp, supports_deferred_evaluation
 from sb3_trpo.rollouts.fast_step import Observations
 
 
 class ActionSampler(Protocol):
     """Samples actions from the policy's distribution."""
+
+    @property
+    def calls_policy(self) -> bool:
+        """Whether the policy's modules are called, which may be of any class."""
 
     def __call__(self, observations: Observations, step: int) -> np.ndarray:
         """
@@ -30,33 +34,36 @@ class ActionSampler(Protocol):
         """
 
 
-def make_sampler(policy: ActorCriticPolicy, n_steps: int, n_envs: int, sde_sample_freq: int) -> ActionSampler | None:
+def make_sampler(
+    policy: ActorCriticPolicy, mlp: MLP | None, n_steps: int, n_envs: int, sde_sample_freq: int
+) -> ActionSampler | None:
     """
     Return the cheapest sampler of the policy's actions.
 
     :param policy: the policy; its parameters must not change while the sampler is used
+    :param mlp: its actor, if that is an MLP
     :param n_steps: steps in the rollout
     :param n_envs: number of environments
     :param sde_sample_freq: sample a new gSDE noise matrix every so many steps; -1 for once a rollout
     :return: the sampler; None if the policy must be asked for values and log-probabilities at every step as well
     """
-    sampler = make_numpy_sampler(policy, n_steps, n_envs)
+    sampler = make_numpy_sampler(policy, mlp, n_steps, n_envs)
     if sampler is not None:
         return sampler
     return PolicyActionSampler(policy, n_envs, sde_sample_freq) if supports_deferred_evaluation(policy) else None
 
 
-def make_numpy_sampler(policy: BasePolicy, n_steps: int, n_envs: int) -> "NumpyActionSampler | None":
+def make_numpy_sampler(policy: BasePolicy, mlp: MLP | None, n_steps: int, n_envs: int) -> "NumpyActionSampler | None":
     """
     Return a sampler that does without torch, for policies that have one.
 
     :param policy: the policy; its parameters must not change while the sampler is used
+    :param mlp: its actor, if that is an MLP
     :param n_steps: steps in the rollout
     :param n_envs: number of environments
     :return: the sampler, or None
     """
-    mlp = numpy_mlp(policy)
-    return None if mlp is None else NumpyActionSampler(policy, mlp, n_steps, n_envs)
+    return NumpyActionSampler(policy, mlp, n_steps, n_envs) if mlp is not None and acts_as_mlp(policy, mlp) else None
 
 
 def resamples_noise(step: int, sde_sample_freq: int) -> bool:
@@ -96,6 +103,8 @@ class PolicyActionSampler:
     :param sde_sample_freq: sample a new gSDE noise matrix every so many steps; -1 for once a rollout
     """
 
+    calls_policy = True
+
     def __init__(self, policy: ActorCriticPolicy, n_envs: int, sde_sample_freq: int) -> None:
         self._policy = policy
         self._n_envs = n_envs
@@ -134,6 +143,8 @@ class NumpyActionSampler:
     :param n_steps: steps in the rollout
     :param n_envs: number of environments
     """
+
+    calls_policy = False
 
     def __init__(self, policy: BasePolicy, mlp: MLP, n_steps: int, n_envs: int) -> None:
         # Views of the parameters, not copies.

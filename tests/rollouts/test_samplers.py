@@ -6,6 +6,7 @@ from scipy import stats
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from torch import nn
 
+from sb3_trpo.adapters.models import actor_mlp
 from sb3_trpo.rollouts.samplers import NumpyActionSampler, PolicyActionSampler, action_transform, make_sampler
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))
@@ -36,7 +37,7 @@ def make_policy(action_space, observation_space=VECTOR, policy_class=ActorCritic
 
 
 def lean_actor(policy, n_steps, n_envs):
-    actor = make_sampler(policy, n_steps, n_envs, sde_sample_freq=-1)
+    actor = make_sampler(policy, actor_mlp(policy), n_steps, n_envs, sde_sample_freq=-1)
     assert isinstance(actor, NumpyActionSampler)
     return actor
 
@@ -242,7 +243,7 @@ def test_other_policies_are_asked_themselves(name):
     """The actor of every other policy draws what the policy draws from the same state of the generator."""
     action_space, observation_space, policy_class, kwargs = GENERAL[name]
     policy = make_policy(action_space, observation_space, policy_class, **kwargs)
-    actor = make_sampler(policy, 4, 2, sde_sample_freq=-1)
+    actor = make_sampler(policy, actor_mlp(policy), 4, 2, sde_sample_freq=-1)
     assert isinstance(actor, PolicyActionSampler)
     if isinstance(observation_space, spaces.Dict):
         observations = {"a": np.ones((2, 3), dtype=np.float32), "b": np.array([0, 2])}
@@ -262,7 +263,7 @@ def test_other_policies_are_asked_themselves(name):
 
 def test_double_precision_policies_are_asked_themselves():
     policy = make_policy(ACTIONS["box"]).double()
-    assert isinstance(make_sampler(policy, 1, 1, -1), PolicyActionSampler)
+    assert isinstance(make_sampler(policy, actor_mlp(policy), 1, 1, -1), PolicyActionSampler)
 
 
 @pytest.mark.parametrize(("frequency", "resampled"), [(-1, [0]), (1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 3, 6]), (10, [0])])

@@ -260,6 +260,6 @@ def kl_divergence(old: list[Any], new: list[Any], weights: th.Tensor) -> th.Tens
 
 
 def torch_distributions(model: Any, inputs: Any) -> list[Any]:
-    distribution = model._distribution(inputs)
+    distribution = model.adapter.distribution(inputs)
     several = getattr(distribution, "distributions", None) or distribution.distribution
     return list(several) if isinstance(several, list) else [several]

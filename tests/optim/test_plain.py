@@ -5,7 +5,7 @@ import torch as th
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from sb3_trpo.adapters.plain import are_original, is_plain
+from sb3_trpo.optim.plain import are_original, is_plain
 
 
 def make_module() -> nn.Module:
