@@ -75,7 +75,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=peers.RESULTS / "first_point.json")
     parser.add_argument("--table", action="store_true", help="print the table of the last run, and run nothing")
     args = parser.parse_args()
