@@ -1,7 +1,7 @@
 """
 Where the line search starts: points tried and KL reached, from the full step and from where recent updates expect δ.
 
-    python benchmarks/first_point.py            # some five minutes on one core; each row is written when it ends
+    python benchmarks/first_point.py            # some ten minutes on one core; each row is written when it ends
     python benchmarks/first_point.py --table    # what the last run says
 
 Both kinds train with the same settings and seeds; only the first fraction of the step differs. Mean over all updates of a
@@ -75,7 +75,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=peers.RESULTS / "first_point.json")
     parser.add_argument("--table", action="store_true", help="print the table of the last run, and run nothing")
     args = parser.parse_args()
