@@ -91,10 +91,10 @@ def same(first: dict[str, th.Tensor], second: dict[str, th.Tensor]) -> bool:
 def test_the_step_is_trpos_where_trpo_takes_the_full_one(action: str) -> None:
     n_compared = 0
     for seed in range(6):
-        trpo, npg = (make(algorithm, action, seed=seed, target_kl=0.003) for algorithm in (TRPO, NPG))
-        trpo._kl_ratio = 0.5  # its line search starts at the full step
-        for model in (trpo, npg):
-            model.learn(N_STEPS)
+        trpo = make(TRPO, action, seed=seed, target_kl=0.003)
+        trpo._kl_ratio = 0.5  # the line search starts at the full step
+        trpo.learn(N_STEPS)
+        npg = make(NPG, action, seed=seed, target_kl=0.003).learn(N_STEPS)
         full, short = npg.last_update, trpo.last_update
         assert full.step_length.last * short.step_length.last > 0.0
         if short.backtracks.last == 0:
