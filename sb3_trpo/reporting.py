@@ -31,6 +31,19 @@ def record_update(logger: Logger, stats: UpdateStats) -> None:
     logger.record("time/train_seconds", stats.train_seconds, exclude="stdout")
 
 
+def record_status(logger: Logger, name: str, value: float | str, is_usual: bool) -> None:
+    """
+    Record a status, which is printed only if it is unusual.
+
+    :param logger: the logger
+    :param name: key
+    :param value: the status; text is not for TensorBoard
+    :param is_usual: whether to leave it out of the printed table
+    """
+    exclude = (*(("tensorboard",) if isinstance(value, str) else ()), *(("stdout",) if is_usual else ()))
+    logger.record(name, value, exclude=exclude)
+
+
 def share_accepted(steps: Sequence[PolicyStep]) -> float:
     """
     Return the share of the steps that were taken.

@@ -28,7 +28,7 @@ from sb3_trpo.distributed.process_group import local_device
 from sb3_trpo.distributed.synchronization import synchronized
 from sb3_trpo.errors import did_you_mean
 from sb3_trpo.optim.batch import RolloutBatch, normalize_advantages
-from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
+from sb3_trpo.optim.conjugate_gradient import CGStatus, conjugate_gradient
 from sb3_trpo.optim.critic import CriticFit, fit_gauss_newton, fit_minibatches
 from sb3_trpo.optim.distributions import without_validation
 from sb3_trpo.optim.fisher import FisherOperator
@@ -50,7 +50,7 @@ from sb3_trpo.optim.running_statistics import track, track_inside, tracking_laye
 from sb3_trpo.optim.statistics import PolicyStep, UpdateStats
 from sb3_trpo.optim.transaction import UpdateTransaction
 from sb3_trpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, has_images
-from sb3_trpo.reporting import explained_variance, record_update, share_accepted
+from sb3_trpo.reporting import explained_variance, record_status, record_update, share_accepted
 from sb3_trpo.rollouts.actor import make_actor
 from sb3_trpo.rollouts.checks import EnvOutputCheck, checked_steps, kept_statistics
 from sb3_trpo.rollouts.collect import find_truncations, widen_observations, write_step
@@ -623,9 +623,10 @@ class TRPO(ResumableAlgorithm):
         record = self.logger.record
         record("train/explained_variance", explained_variance(self.rollout_buffer, self._ranks))
         self._record_outcomes(steps)
-        record("train/cg_status", steps[-1].solution.status.value, exclude="tensorboard")
-        record("train/is_critic_fit_success", float(critic.succeeded))
-        record("train/failed_updates", self._failed_updates)
+        status = steps[-1].solution.status
+        record_status(self.logger, "train/cg_status", status.value, status in (CGStatus.CONVERGED, CGStatus.ITERATION_BOUND))
+        record_status(self.logger, "train/is_critic_fit_success", float(critic.succeeded), critic.succeeded)
+        record_status(self.logger, "train/failed_updates", self._failed_updates, self._failed_updates == 0)
         record("train/entropy", entropy)
         if hasattr(self.policy, "log_std"):
             record("train/std", th.exp(self.policy.log_std).mean().item())
@@ -633,7 +634,8 @@ class TRPO(ResumableAlgorithm):
 
     def _record_outcomes(self, steps: list[PolicyStep]) -> None:
         self.logger.record("train/is_line_search_success", share_accepted(steps))
-        self.logger.record("train/line_search", steps[-1].search.outcome.value, exclude="tensorboard")
+        outcome = steps[-1].search.outcome
+        record_status(self.logger, "train/line_search", outcome.value, outcome is LineSearchStatus.ACCEPTED)
         self.logger.record("train/target_kl", self._current_target_kl)
 
     def _excluded_save_params(self) -> list[str]:

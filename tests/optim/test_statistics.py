@@ -137,6 +137,34 @@ def test_the_log_has_the_figures_of_last_update(arguments: dict[str, Any]) -> No
     assert stats.policy_objective.last == pytest.approx(total, abs=1e-6)  # from 0, advantages being normalised
 
 
+def printed_keys(output: str) -> set[str]:
+    """The train/ keys of the last printed table."""
+    table = output.rpartition("| train/")[2]
+    return {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|    ")}
+
+
+EVERY_TABLE = {
+    "entropy",
+    "explained_variance",
+    "is_line_search_success",
+    "kl_divergence_loss",
+    "n_updates",
+    "policy_objective",
+    "std",
+    "target_kl",
+    "value_loss",
+}
+
+
+def test_printed_table_has_sb3_contribs_keys_and_what_is_unusual(capsys: pytest.CaptureFixture[str]) -> None:
+    make(verbose=1).learn(2 * N_STEPS)
+    assert printed_keys(capsys.readouterr().out) == EVERY_TABLE
+    model = make(ScriptedEnv(lambda step, action: 1.0), gamma=0.0, verbose=1)  # no advantage, no step
+    model.before_train = lambda trained: trained.rollout_buffer.advantages.fill(0.0)
+    model.learn(2 * N_STEPS)
+    assert printed_keys(capsys.readouterr().out) == EVERY_TABLE | {"line_search"}
+
+
 def test_only_the_means_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     make(n_policy_updates=2, verbose=1).learn(2 * N_STEPS)
     printed = capsys.readouterr().out
