@@ -17,10 +17,12 @@ from torch.distributions import Bernoulli, Categorical, Independent, Normal
 
 import sb3_trpo.trpo
 from sb3_trpo import NPG, TRPO
+from sb3_trpo.optim.batch import normalize_advantages
 from sb3_trpo.optim.conjugate_gradient import CGStatus, conjugate_gradient
 from sb3_trpo.optim.fisher import FisherOperator
 from sb3_trpo.optim.kfac import KFACPreconditioner, kfac_layers
 from sb3_trpo.optim.parameters import flatten
+from sb3_trpo.rollouts.buffers import read_rollout
 
 tianshou = pytest.importorskip("tianshou")
 
@@ -138,6 +140,7 @@ def updated(algorithm: type[TRPO], **arguments: Any) -> Any:
             super().train()
 
     model = Recording("MlpPolicy", Swing(), **(SETTINGS | arguments))
+    model._kl_ratio = 0.5  # so that the line search starts with the full step, as theirs
     with th.no_grad():
         model.policy.action_net.weight *= 30.0
     return model.learn(SETTINGS["n_steps"])
@@ -179,7 +182,7 @@ def their_update(model: Any, algorithm: type[Any], **kwargs: Any) -> tuple[th.Te
     actor, critic = their_networks(model.policy_before)
     made = theirs(algorithm, actor, critic, Swing.action_space, FAMILIES["box"], **kwargs)
     buffer = model.rollout_buffer
-    rollout = sb3_trpo.trpo.normalize_advantages(sb3_trpo.trpo.read_rollout(buffer, Swing.action_space))
+    rollout = normalize_advantages(read_rollout(buffer, Swing.action_space))
     batch = Batch(obs=rollout.inputs, act=rollout.actions, adv=rollout.advantages, returns=rollout.returns, info={})
     with th.no_grad():
         batch.logp_old = made.policy(batch).dist.log_prob(batch.act)

@@ -1,8 +1,8 @@
 """
 The measurements on a graphics card, in one command: tests, then seconds and memory of an update, ours and its peers.
 
-    python benchmarks/cuda.py                                # writes results/cuda.json
-    python benchmarks/cuda.py --device cpu --quick --no-tests   # does it run?
+    python benchmarks/gpu.py                                # writes results/gpu.json
+    python benchmarks/gpu.py --device cpu --quick --no-tests   # does it run?
 
 Random observations and the policy before any training: sizes matter here, not returns. The waits are the times that our update
 asks the card for a number and stands still until it comes.
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="the smallest sizes, 64 states, and no file")
     parser.add_argument("--no-tests", action="store_true")
-    parser.add_argument("--out", type=Path, default=peers.RESULTS / "cuda.json")
+    parser.add_argument("--out", type=Path, default=peers.RESULTS / "gpu.json")
     args = parser.parse_args()
     out = None if args.quick else args.out
     if not args.no_tests:
