@@ -206,7 +206,7 @@ def test_an_update_of_npg_is_theirs(seed: int, size: float) -> None:
     assert model.last_update.kl_divergence_loss.last == pytest.approx(statistics.kl.mean, rel=1e-3)
 
 
-@pytest.mark.parametrize("seed", [0, 3, 5])
+@pytest.mark.parametrize("seed", [2, 4, 9])
 def test_an_update_of_trpo_is_theirs(seed: int) -> None:
     """Their length is √(2δ / sᵀ(F + λI)s), ours √(2δ / sᵀFs): with δ smaller by the ratio of the two, the same step."""
     max_kl = 1e-3
