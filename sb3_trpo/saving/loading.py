@@ -8,8 +8,8 @@ from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_trpo.errors import CorruptCheckpointError, Source, UntrustedFileError, short
 from sb3_trpo.saving.archive import Archive, print_versions, read_bytes
+from sb3_trpo.saving.model_building import build_model
 from sb3_trpo.saving.model_file import (
-    build_model,
     check_algorithm,
     check_keywords,
     check_parameters,
