@@ -65,10 +65,10 @@ PPO_SETTINGS: dict[str, Any] = {
     "ent_coef": 0.01,
 }
 CONTENDERS: dict[str, tuple[type[OnPolicyAlgorithm], dict[str, Any]]] = {
-    "ours": (TRPO, TRPO_SETTINGS),
-    "ours, 512 states": (TRPO, {**TRPO_SETTINGS, "curvature_batch_size": 512}),
+    "ours": (TRPO, {**TRPO_SETTINGS, "cg_residual_tol": 0.05}),
+    "ours, 512 states": (TRPO, {**TRPO_SETTINGS, "cg_residual_tol": 0.05, "curvature_batch_size": 512}),
     "ours, tolerance 0.01": (TRPO, {**TRPO_SETTINGS, "cg_residual_tol": 0.01}),
-    "ours, all states": (TRPO, {**TRPO_SETTINGS, "curvature_batch_size": 10**9}),
+    "ours, all states": (TRPO, {**TRPO_SETTINGS, "cg_residual_tol": 0.05, "curvature_batch_size": 10**9}),
     "PPO": (PPO, PPO_SETTINGS),
     "sb3-contrib": (ContribTRPO, TRPO_SETTINGS),
 }

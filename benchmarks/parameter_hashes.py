@@ -126,7 +126,9 @@ def train(name: str) -> str:
         env = VecNormalize(env)
     if algorithm in (TRPO, NPG):  # defaults that have changed
         kwargs = {**kwargs, "policy_kwargs": {"log_std_init": 0.0, **kwargs["policy_kwargs"]}}
-    model = algorithm(policy, env, seed=0, device="cpu", **{"n_steps": N_STEPS, "target_kl": 0.05, **kwargs})
+    model = algorithm(
+        policy, env, seed=0, device="cpu", **{"n_steps": N_STEPS, "target_kl": 0.05, "cg_residual_tol": 0.05, **kwargs}
+    )
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
     model.learn(N_UPDATES * N_STEPS * N_ENVS * n_processes)
     return hash_of(model)

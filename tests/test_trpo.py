@@ -27,6 +27,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from support.arguments import effective
 from torch import nn
 
+import sb3_trpo.trpo
 from sb3_trpo import TRPO
 
 VECTOR = spaces.Box(-2.0, 2.0, (3,))
@@ -637,3 +638,18 @@ def test_repr_names_algorithm_policy_and_trust_region() -> None:
 
 def test_repr_of_an_unfinished_model_is_possible() -> None:
     assert repr(TRPO.__new__(TRPO)) == "TRPO()"
+
+
+@pytest.mark.parametrize(("preconditioner", "tolerance"), [("kfac", 0.05), (None, 0.01)])
+def test_tolerance_of_conjugate_gradients_is_smaller_without_kronecker_factors(preconditioner, tolerance, monkeypatch):
+    found = []
+    solve = sb3_trpo.trpo.conjugate_gradient
+
+    def spy(*args, rtol, **kwargs):
+        found.append(rtol)
+        return solve(*args, rtol=rtol, **kwargs)
+
+    monkeypatch.setattr(sb3_trpo.trpo, "conjugate_gradient", spy)
+    make(cg_preconditioner=preconditioner).learn(1)
+    make(cg_preconditioner=preconditioner, cg_residual_tol=0.2).learn(1)
+    assert found == [tolerance, 0.2]

@@ -44,7 +44,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "gae_lambda": NO_FRACTION,
     "target_kl": NO_POSITIVE_NUMBER,
     "sub_sampling_factor": NO_COUNT,
-    "cg_residual_tol": NO_NUMBER_FROM_ZERO,
+    "cg_residual_tol": (-0.01, NAN, INF, "0.1", True),
     "cg_preconditioner": ("KFAC", "", True, 0),
     "critic_method": ("adam", None, 0),
     "critic_damping": NO_POSITIVE_NUMBER,
