@@ -88,6 +88,18 @@ CELLS: dict[str, Cell] = {
     "8x256_kl.03_critic.01": ours(8, 256, 0.03, critic_damping=0.01),
     "8x256_kl.03_vf128": ours(8, 256, 0.03, policy_kwargs={"net_arch": {"pi": [64, 64], "vf": [128, 128]}}),
     "8x256_kl.03_vf256": ours(8, 256, 0.03, policy_kwargs={"net_arch": {"pi": [64, 64], "vf": [256, 256]}}),
+    "8x256_kl.03_gamma.9999": ours(8, 256, 0.03, gamma=0.9999),
+    "swim_g.9999": ours(8, 256, 0.03, gamma=0.9999),
+    "swim_g.9999_2x1024": ours(2, 1024, 0.03, gamma=0.9999),
+    "swim_g.9999_l.99": ours(8, 256, 0.03, gamma=0.9999, gae_lambda=0.99),
+    "swim_g.999_l.98": ours(8, 256, 0.03, gamma=0.999, gae_lambda=0.98),
+    "idp_g.98_l.9": ours(8, 256, 0.03, gamma=0.98, gae_lambda=0.9),
+    "idp_g.95_l.9": ours(8, 256, 0.03, gamma=0.95, gae_lambda=0.9),
+    "idp_kl.005": ours(8, 256, 0.005),
+    "idp_nonorm": ours(8, 256, 0.03, normalize={"norm_obs": False}),
+    "idp_nonorm_kl.01": ours(8, 256, 0.01, normalize={"norm_obs": False}),
+    "idp_nonorm_kl.005": ours(8, 256, 0.005, normalize={"norm_obs": False}),
+    "idp_nonorm_lin.03": ours(8, 256, "lin_0.03", normalize={"norm_obs": False}),
 }
 #: Cells with an entry for each task: class, file of hyperparameters.
 FILES: dict[str, tuple[type[BaseAlgorithm], Path]] = {
