@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
-import frames
 import numpy as np
 import sb3_contrib.trpo.trpo as contrib_module
 import torch as th
@@ -656,6 +655,8 @@ def main() -> None:
             print_case(name, result)
             peers.update_json(out, "cases", name, result)
     if "frames" in args.case and out is not None:  # there is no quick one
+        import frames  # needs ale-py
+
         frames.run(frames.parse(["--out", str(out.with_name("frames.json"))]))
     if "scaling" in args.case:
         result = run_scaling(repeats, args.quick)

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-OPTIONAL = {"rliable", "tianshou", "rl_zoo3", "pandas", "matplotlib", "yaml", "optuna", "mujoco"}
 STUDIES = ("spaces", "pixels", "options", "recurrent", "maskable", "critic")
 
 
 #: Packages that some scripts need and not every installation has.
-OPTIONAL = {"rliable", "tianshou", "rl_zoo3", "pandas", "matplotlib", "yaml", "optuna", "mujoco"}
+OPTIONAL = {"rliable", "ale_py", "minigrid", "cv2", "tianshou", "rl_zoo3", "pandas", "matplotlib", "yaml", "optuna", "mujoco"}
 
 
 @pytest.fixture
