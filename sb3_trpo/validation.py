@@ -41,7 +41,8 @@ def check_rollout_size(
     if n_states > MAX_STATES:
         raise ValueError(f"a rollout of {words} is not allowed: it must have at most {MAX_STATES}")
     if normalize_advantage and n_states < 2:
-        raise ValueError(f"a rollout of {words} is not allowed with normalize_advantage=True: it must have at least 2")
+        message = f"a rollout of {words} is not allowed with normalize_advantage=True: it must have at least 2"
+        raise argument_error(message, AssertionError())  # an AssertionError as well, as in sb3-contrib
     for name, value in (("sub_sampling_factor", sub_sampling_factor), ("policy_batch_size", policy_batch_size)):
         if value is not None and value > n_states:
             raise ValueError(f"{name}={value} is not allowed: it must be at most the rollout's {words}")
