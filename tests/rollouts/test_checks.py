@@ -387,6 +387,7 @@ def test_a_rejected_step_leaves_the_policy_as_it_was(monkeypatch: pytest.MonkeyP
     assert log["train/kl_divergence_loss"] == log["train/actual_improvement"] == log["train/step_length"] == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*precision lowered by casting")
 def test_float16_observations_under_vec_normalize_are_warned_of() -> None:
     env = gym.wrappers.DtypeObservation(gym.make("CartPole-v1"), np.float16)
     vec_env = VecNormalize(DummyVecEnv([lambda: env]))
