@@ -66,7 +66,6 @@ from sb3_trpo.validation import (
 )
 
 IMAGE_CHUNK = 256  # states in one forward pass where max_batch_size leaves it open: some 100 MB with NatureCNN
-IMAGE_SAMPLE = 256  # states that curvature is computed from where curvature_batch_size leaves it open
 
 #: Arguments that are not the algorithm's own.
 SB3_ARGUMENTS = (
@@ -163,8 +162,8 @@ class TRPO(ResumableAlgorithm):
     _given_arguments: frozenset[str] = frozenset()
     #: How the family of policies is built and called.
     adapter_class: ClassVar[type[PolicyAdapter]] = ActorCriticAdapter
-    #: States of a sample of images, with ``curvature_batch_size=None``; None for all.
-    image_sample: ClassVar[int | None] = IMAGE_SAMPLE
+    #: States that curvature is computed from where there are images and ``curvature_batch_size`` is None; None for all.
+    image_sample: ClassVar[int | None] = 256
 
     @checked
     def __init__(

@@ -161,10 +161,7 @@ def actor_sequential(policy: nn.Module) -> Sequential | None:
     :param policy: any policy
     :return: the modules; None if the policy is not SB3's standard policy, whatever its extractor
     """
-    if not _is_standard_actor(policy):
-        return None
-    is_nature = type(policy.pi_features_extractor) is NatureCNN
-    return as_sequential(policy, policy.action_net, channels_last=is_nature)  # type: ignore[arg-type]
+    return _sequential(policy, "pi_features_extractor", "action_net") if _is_standard_actor(policy) else None
 
 
 def critic_sequential(policy: nn.Module) -> Sequential | None:
@@ -174,10 +171,11 @@ def critic_sequential(policy: nn.Module) -> Sequential | None:
     :param policy: any policy
     :return: the modules; None if the policy is not SB3's standard policy, whatever its extractor
     """
-    if not _is_standard_critic(policy):
-        return None
-    is_nature = type(policy.vf_features_extractor) is NatureCNN
-    return as_sequential(policy, policy.value_net, channels_last=is_nature)  # type: ignore[arg-type]
+    return _sequential(policy, "vf_features_extractor", "value_net") if _is_standard_critic(policy) else None
+
+
+def _sequential(policy: nn.Module, extractor: str, output: str) -> Sequential | None:
+    return as_sequential(policy, getattr(policy, output), channels_last=type(getattr(policy, extractor)) is NatureCNN)
 
 
 def _only_flattens(extractor: nn.Module) -> bool:

@@ -91,9 +91,9 @@ class RolloutActor:
         env: VecEnv,
         sampler: ActionSampler | None,
         is_watched: bool,
-        value_scale: float = 1.0,
-        chunk_size: int | None = None,
-        torch_calls: TorchCalls | None = None,
+        value_scale: float,
+        chunk_size: int | None,
+        torch_calls: TorchCalls | None,
     ) -> None:
         self._adapter = adapter
         self._env = env
@@ -189,12 +189,12 @@ class RolloutActor:
     def _has_changed(self) -> bool:
         if self._state is None:
             return False
-        if self._torch_calls is None or self._torch_calls.seen:
-            is_changed = self._state.has_changed()
-            if self._torch_calls is not None:
-                self._torch_calls.seen = False
-            return is_changed
-        return self._state.has_changed_structure()
+        if self._torch_calls is None:
+            return self._state.has_changed()
+        if not self._torch_calls.seen:
+            return self._state.has_changed_structure()
+        self._torch_calls.seen = False
+        return self._state.has_changed()
 
     @contextmanager
     def _acting_policy(self) -> Iterator[None]:
