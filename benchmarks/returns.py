@@ -54,6 +54,7 @@ def ours(n_envs: int, n_steps: int, target_kl: float | str, log_std_init: float 
     }
 
 
+RAW_OBSERVATIONS = {"norm_obs": False}
 #: Rollout shape, δ, first log-std; and one thing changed at a time.
 CELLS: dict[str, Cell] = {
     "default": {"normalize": True},  # one environment
@@ -88,18 +89,17 @@ CELLS: dict[str, Cell] = {
     "8x256_kl.03_critic.01": ours(8, 256, 0.03, critic_damping=0.01),
     "8x256_kl.03_vf128": ours(8, 256, 0.03, policy_kwargs={"net_arch": {"pi": [64, 64], "vf": [128, 128]}}),
     "8x256_kl.03_vf256": ours(8, 256, 0.03, policy_kwargs={"net_arch": {"pi": [64, 64], "vf": [256, 256]}}),
+    "8x256_kl.03_gamma.95_gae.9": ours(8, 256, 0.03, gamma=0.95, gae_lambda=0.9),
+    "8x256_kl.03_gamma.999_gae.98": ours(8, 256, 0.03, gamma=0.999, gae_lambda=0.98),
     "8x256_kl.03_gamma.9999": ours(8, 256, 0.03, gamma=0.9999),
-    "swim_g.9999": ours(8, 256, 0.03, gamma=0.9999),
-    "swim_g.9999_2x1024": ours(2, 1024, 0.03, gamma=0.9999),
-    "swim_g.9999_l.99": ours(8, 256, 0.03, gamma=0.9999, gae_lambda=0.99),
-    "swim_g.999_l.98": ours(8, 256, 0.03, gamma=0.999, gae_lambda=0.98),
-    "idp_g.98_l.9": ours(8, 256, 0.03, gamma=0.98, gae_lambda=0.9),
-    "idp_g.95_l.9": ours(8, 256, 0.03, gamma=0.95, gae_lambda=0.9),
-    "idp_kl.005": ours(8, 256, 0.005),
-    "idp_nonorm": ours(8, 256, 0.03, normalize={"norm_obs": False}),
-    "idp_nonorm_kl.01": ours(8, 256, 0.01, normalize={"norm_obs": False}),
-    "idp_nonorm_kl.005": ours(8, 256, 0.005, normalize={"norm_obs": False}),
-    "idp_nonorm_lin.03": ours(8, 256, "lin_0.03", normalize={"norm_obs": False}),
+    "8x256_kl.03_gamma.9999_gae.99": ours(8, 256, 0.03, gamma=0.9999, gae_lambda=0.99),
+    "2x1024_kl.03_gamma.9999": ours(2, 1024, 0.03, gamma=0.9999),
+    "8x256_kl.005": ours(8, 256, 0.005),
+    # Observations as they are, rewards normalized.
+    "8x256_kl.03_raw": ours(8, 256, 0.03, normalize=RAW_OBSERVATIONS),
+    "8x256_kl.01_raw": ours(8, 256, 0.01, normalize=RAW_OBSERVATIONS),
+    "8x256_kl.005_raw": ours(8, 256, 0.005, normalize=RAW_OBSERVATIONS),
+    "8x256_lin.03_raw": ours(8, 256, "lin_0.03", normalize=RAW_OBSERVATIONS),
 }
 #: Cells with an entry for each task: class, file of hyperparameters.
 FILES: dict[str, tuple[type[BaseAlgorithm], Path]] = {
