@@ -51,11 +51,8 @@ from sb3_trpo.optim.statistics import PolicyStep, UpdateStats
 from sb3_trpo.optim.transaction import UpdateTransaction
 from sb3_trpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, has_images
 from sb3_trpo.reporting import explained_variance, record_status, record_update, share_accepted
-from sb3_trpo.rollouts.actor import make_actor
 from sb3_trpo.rollouts.checks import EnvOutputCheck, checked_steps, kept_statistics
-from sb3_trpo.rollouts.collect import find_truncations, widen_observations, write_step
-from sb3_trpo.rollouts.fast_step import Observations, copy_observations, fast_step_fn
-from sb3_trpo.rollouts.samplers import action_transform
+from sb3_trpo.rollouts.loop import fill_buffer
 from sb3_trpo.saving.sb3_contrib import convert_model
 from sb3_trpo.validation import (
     check_rollout_size,
@@ -368,57 +365,12 @@ class TRPO(ResumableAlgorithm):
         :return: False if the callback stopped the training
         :raises NonFiniteError: the environment returned a NaN or an infinity
         """
-        adapter, check = self.adapter, EnvOutputCheck(env, self.num_timesteps, self.check_observations)
+        check = EnvOutputCheck(env, self.num_timesteps, self.check_observations)
         with kept_statistics(env):
-            if not adapter.fits_loop(rollout_buffer):
-                with checked_steps(env, check):
-                    return self._collect_by_sb3(env, callback, rollout_buffer, n_rollout_steps)
-            self.policy.set_training_mode(False)
-            rollout_buffer.reset()
-            self._last_obs = copy_observations(self._last_obs)  # type: ignore[arg-type]
-            widen_observations(rollout_buffer, self._last_obs)
-            callback.on_rollout_start()
-            actor = make_actor(
-                adapter,
-                env,
-                callback,
-                self._last_obs,
-                n_rollout_steps,
-                sde_sample_freq=self.sde_sample_freq,
-                value_scale=self._value_scale,
-                chunk_size=self._chunk_size,
-            )
-            act, to_env, step = actor.act, action_transform(self.policy), fast_step_fn(env)
-
-            n_steps = 0
-            while n_steps < n_rollout_steps:
-                obs: Observations = self._last_obs  # type: ignore[assignment]
-                rollout_buffer.episode_starts[n_steps] = self._last_episode_starts
-                actions = act(obs, n_steps)
-                if not self.check_observations:
-                    check.check_actions(actions)
-                clipped_actions = to_env(actions)
-                new_obs, rewards, dones, infos = step(clipped_actions)
-                check(new_obs, rewards)
-                self.num_timesteps += env.num_envs
-                callback.update_locals(locals())
-                if not callback.on_step():
-                    return False
-
-                self._update_info_buffer(infos, dones)
-                write_step(rollout_buffer, n_steps, obs, actions, rewards)
-                if dones.any():
-                    truncations = find_truncations(n_steps, dones, infos)
-                    check.check_truncations(truncations)
-                    actor.add_truncations(truncations)
-                self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
-                n_steps += 1
-
-            actor.finish(self._last_obs, dones)  # type: ignore[arg-type]
-            check.check_evaluation(rollout_buffer)
-            callback.update_locals({**locals(), **actor.variables()})
-            callback.on_rollout_end()
-            return True
+            if self.adapter.fits_loop(rollout_buffer):
+                return fill_buffer(self, env, callback, rollout_buffer, n_rollout_steps, check)
+            with checked_steps(env, check):
+                return self._collect_by_sb3(env, callback, rollout_buffer, n_rollout_steps)
 
     def _collect_by_sb3(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
