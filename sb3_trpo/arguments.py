@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import Schedule
 
 #: No argument needs larger integers: they fit into the sizes of NumPy and torch.
@@ -292,6 +293,7 @@ def _environment(value: Any) -> Any:
     return value
 
 
+ROLLOUT_BUFFER_CLASS_OR_NONE = optional(subclass_of(RolloutBuffer, "a class derived from SB3's RolloutBuffer"))
 ENVIRONMENT = Rule(_environment, "an environment or its registered name")
 
 

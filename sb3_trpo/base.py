@@ -12,12 +12,15 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.utils import update_learning_rate
 
-from sb3_trpo.arguments import Rule, one_of, shown
+from sb3_trpo.arguments import Rule, one_of, schedule_value, shown
 from sb3_trpo.distributed import synchronization
 from sb3_trpo.distributed.moments import merged
 from sb3_trpo.distributed.process_group import SINGLE_PROCESS, ProcessGroup, RankInfo, detect_rank, join
+from sb3_trpo.errors import did_you_mean
 from sb3_trpo.rollouts.checks import EnvOutputCheck, kept_statistics, warn_of_half_precision
 from sb3_trpo.saving import checkpoint, loading
 from sb3_trpo.saving.random_streams import CallbackStream, isolated
@@ -56,6 +59,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
     #: Rollouts since ``learn`` was called, including those before a resume.
     _iteration: int = 0
     _run_id: str = ""
+    #: Names of the constructor arguments that the user gave.
+    _given_arguments: frozenset[str] = frozenset()
 
     #: Attributes that ``repr`` shows after the policy, unless they are None.
     _repr_attributes: ClassVar[tuple[str, ...]] = ("target_kl", "num_timesteps")
@@ -94,6 +99,14 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         :return: the name
         """
         return next(base.__name__ for base in cls.__mro__ if base.__module__.partition(".")[0] == "sb3_trpo")
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name not in self.policy_aliases:
+            raise ValueError(
+                f"policy={policy_name!r} is not allowed: it must be {' or '.join(map(repr, self.policy_aliases))}, or a "
+                f"policy class{did_you_mean(policy_name, self.policy_aliases)}"
+            )
+        return self.policy_aliases[policy_name]
 
     # ---- files
 
@@ -237,8 +250,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         checkpoint.restore_state(self, state, trust)
 
     def _excluded_save_params(self) -> list[str]:
-        own = ("_resumed", "_pending_log", "_iteration", "_run_id", "_callback_stream", "_ranks", "rollout_was_broken_off")
-        return [*super()._excluded_save_params(), *own]
+        state = ("_resumed", "_pending_log", "_iteration", "_run_id", "rollout_was_broken_off")
+        return [*super()._excluded_save_params(), *state, "_callback_stream", "_ranks", "_given_arguments"]
 
     # ---- acting
 
@@ -328,6 +341,17 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         if reset_num_timesteps:
             self._run_id = ""
         self._resumed, self._pending_log = False, None
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        learning_rate = schedule_value("learning_rate", self.learning_rate, self._current_progress_remaining)
+        self.logger.record("train/learning_rate", learning_rate)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            update_learning_rate(optimizer, learning_rate)
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout may go beyond the total, and a schedule that ends at 0 must not go below it.
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if not self._resumed:

@@ -33,6 +33,20 @@ FOREIGN_ARGUMENTS = {
     "distributed": "set the class attribute, for example TRPO.distributed = False",
 }
 
+#: Arguments that are not the algorithm's own.
+SB3_ARGUMENTS = (
+    "policy",
+    "env",
+    "rollout_buffer_class",
+    "rollout_buffer_kwargs",
+    "stats_window_size",
+    "tensorboard_log",
+    "policy_kwargs",
+    "verbose",
+    "seed",
+    "device",
+)
+
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
 
@@ -49,6 +63,16 @@ def rules_of(function: Callable[..., Any]) -> dict[str, Rule]:
             if isinstance(item, Rule):
                 found[name] = item
     return found
+
+
+def own_rules_of(function: Callable[..., Any]) -> dict[str, Rule]:
+    """
+    Read the rules of the algorithm's own arguments, by which files, hyperparameters and other processes are checked.
+
+    :param function: a constructor
+    :return: rule of each argument that has one and is not one of :data:`SB3_ARGUMENTS`, by name
+    """
+    return {name: rule for name, rule in rules_of(function).items() if name not in SB3_ARGUMENTS}
 
 
 def checked(constructor: Constructor) -> Constructor:

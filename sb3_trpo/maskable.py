@@ -4,7 +4,6 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from gymnasium import spaces
-from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
 from sb3_contrib.common.maskable.policies import (
     MaskableActorCriticCnnPolicy,
@@ -122,18 +121,6 @@ class MaskableTRPO(TRPO):
                 "sb3-contrib's ActionMasker"
             )
         return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-
-    def _collect_by_sb3(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
-    ) -> bool:
-        return MaskablePPO.collect_rollouts(
-            self,  # type: ignore[arg-type]
-            env,
-            callback,
-            rollout_buffer,
-            n_rollout_steps,
-            self.use_masking,
-        )
 
     def predict(
         self,

@@ -23,11 +23,11 @@ class NPG(TRPO):
     """
     Natural Policy Gradient (NPG): TRPO's direction without a line search.
 
-    Paper: Kakade 2001, https://papers.nips.cc/paper/2073-a-natural-policy-gradient. The step is either as long as the
-    quadratic model of the KL allows (Rajeswaran et al. 2017, https://arxiv.org/abs/1703.02660, equation 7), or a fixed
-    multiple of the direction, as in the paper. The KL is not measured before the step is taken, so it may exceed
-    ``target_kl``. A step to parameters where the objective or the KL is not finite is undone. Takes the arguments of
-    :class:`TRPO` except those of the line search; from ``batch_size`` on by keyword only.
+    Paper: Kakade 2001, https://papers.nips.cc/paper/2073-a-natural-policy-gradient. The step is as long as the quadratic
+    model of the KL allows (Rajeswaran et al. 2017, https://arxiv.org/abs/1703.02660, equation 7), or a fixed multiple of the
+    direction, as in the paper. The KL is not measured before the step is taken, so it may exceed ``target_kl``; a step to
+    an objective or a KL that is not finite is undone. Takes the arguments of :class:`TRPO` except those of the line search;
+    from ``batch_size`` on by keyword only.
 
     :param actor_step_size: factor of the direction (F + λI)⁻¹g; number or schedule. None for the length at which the
         quadratic model of the KL is ``target_kl``, which has no effect otherwise

@@ -3,10 +3,7 @@
 from typing import Any
 
 from gymnasium import spaces
-from stable_baselines3.common.policies import (
-    ActorCriticCnnPolicy,
-    MultiInputActorCriticPolicy,
-)
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, BasePolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_trpo.actions import BoundedActionPolicy
@@ -50,6 +47,14 @@ class MultiInputPolicy(BoundedActionPolicy, MultiInputActorCriticPolicy):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("share_features_extractor", False)
         super().__init__(*args, **kwargs)
+
+
+#: Class of each name that the constructor takes.
+POLICY_ALIASES: dict[str, type[BasePolicy]] = {
+    "MlpPolicy": MlpPolicy,
+    "CnnPolicy": CnnPolicy,
+    "MultiInputPolicy": MultiInputPolicy,
+}
 
 
 def has_images(space: spaces.Space[Any]) -> bool:

@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import torch as th
-from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.buffers import RecurrentDictRolloutBuffer, RecurrentRolloutBuffer
 from sb3_contrib.common.recurrent.policies import (
     RecurrentActorCriticCnnPolicy,
@@ -11,11 +10,8 @@ from sb3_contrib.common.recurrent.policies import (
     RecurrentMultiInputActorCriticPolicy,
 )
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
-from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo.adapters.base import PolicyAdapter
 from sb3_trpo.adapters.recurrent import LstmMemory, RecurrentAdapter
@@ -86,7 +82,6 @@ class RecurrentTRPO(TRPO):
     adapter_class: ClassVar[type[PolicyAdapter]] = RecurrentAdapter
     policy: RecurrentActorCriticPolicy
     rollout_buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer
-    image_sample = None  # states of a few sequences are too much alike
 
     @takes_arguments_of(TRPO.__init__)
     @checked
@@ -120,11 +115,6 @@ class RecurrentTRPO(TRPO):
     @_last_lstm_states.setter
     def _last_lstm_states(self, states: RNNStates) -> None:
         self._memory = LstmMemory(states)
-
-    def _collect_by_sb3(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
-    ) -> bool:
-        return RecurrentPPO.collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)  # type: ignore[arg-type]
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_memory"]

@@ -7,10 +7,12 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
 
+from sb3_trpo.optim.conjugate_gradient import CGStatus
 from sb3_trpo.optim.line_search import LineSearchStatus
 from sb3_trpo.optim.moments import moments
 from sb3_trpo.optim.reduction import Reduction
 from sb3_trpo.optim.statistics import SPREAD, PolicyStep, UpdateStats
+from sb3_trpo.optim.transaction import UpdateTransaction
 
 #: Statistics in every printed table; the others go to TensorBoard and files only.
 TABLE = ("policy_objective", "kl_divergence_loss", "value_loss")
@@ -28,7 +30,32 @@ def record_update(logger: Logger, stats: UpdateStats) -> None:
     for name, summary in stats.summaries.items():
         for statistic in SPREAD if summary.count > 1 else ():
             logger.record(f"train/{name}_{statistic}", getattr(summary, statistic), exclude="stdout")
-    logger.record("time/train_seconds", stats.train_seconds, exclude="stdout")
+
+
+def record_statuses(logger: Logger, update: UpdateTransaction) -> None:
+    """
+    Record whether conjugate gradients, critic and the update as a whole succeeded.
+
+    :param logger: the logger
+    :param update: the update, at its end
+    """
+    status = update.steps[-1].solution.status
+    record_status(logger, "train/cg_status", status.value, status in (CGStatus.CONVERGED, CGStatus.ITERATION_BOUND))
+    fits = update.critic.succeeded
+    record_status(logger, "train/is_critic_fit_success", float(fits), fits)
+    record_status(logger, "train/failed_updates", update.n_failed, update.n_failed == 0)
+
+
+def record_line_search(logger: Logger, steps: Sequence[PolicyStep]) -> None:
+    """
+    Record how the line search ended.
+
+    :param logger: the logger
+    :param steps: steps of the policy, at least one
+    """
+    outcome = steps[-1].search.outcome
+    logger.record("train/is_line_search_success", share_accepted(steps))
+    record_status(logger, "train/line_search", outcome.value, outcome is LineSearchStatus.ACCEPTED)
 
 
 def record_status(logger: Logger, name: str, value: float | str, is_usual: bool) -> None:

@@ -2,10 +2,8 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -13,71 +11,44 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_trpo import arguments as allowed
-from sb3_trpo.actions import ACTION_BOUNDS, ACTION_OPTIONS, BoundedActionPolicy, check_action_options, raw_actions
+from sb3_trpo.actions import ACTION_BOUNDS
 from sb3_trpo.adapters.actor_critic import ActorCriticAdapter
 from sb3_trpo.adapters.base import PolicyAdapter
-from sb3_trpo.arguments import Rule, check_arguments, instance_of, one_of, optional, schedule_value, subclass_of
+from sb3_trpo.arguments import Rule, instance_of, one_of, optional, schedule_value
 from sb3_trpo.base import ResumableAlgorithm
-from sb3_trpo.constructors import checked, rules_of
+from sb3_trpo.constructors import checked, own_rules_of, rules_of
 from sb3_trpo.distributed.process_group import local_device
 from sb3_trpo.distributed.synchronization import synchronized
-from sb3_trpo.errors import did_you_mean
 from sb3_trpo.optim.batch import RolloutBatch, normalize_advantages
-from sb3_trpo.optim.conjugate_gradient import CGStatus, conjugate_gradient
+from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.critic import CriticFit, fit_gauss_newton, fit_minibatches
 from sb3_trpo.optim.distributions import without_validation
 from sb3_trpo.optim.fisher import FisherOperator
-from sb3_trpo.optim.kfac import KFACPreconditioner, pays
+from sb3_trpo.optim.kfac import default_tolerance, make_preconditioner
 from sb3_trpo.optim.line_search import (
     Evaluation,
     LineSearchResult,
-    LineSearchStatus,
     first_fraction,
     max_step_length,
     search_along,
     undamped_curvature,
     updated_kl_ratio,
 )
-from sb3_trpo.optim.moments import moments
 from sb3_trpo.optim.objective import Surrogate
-from sb3_trpo.optim.parameters import all_finite, is_step
-from sb3_trpo.optim.running_statistics import track, track_inside, tracking_layers
+from sb3_trpo.optim.return_scaling import scale_returns, value_scale
+from sb3_trpo.optim.running_statistics import RunningStatistics
 from sb3_trpo.optim.statistics import PolicyStep, UpdateStats
 from sb3_trpo.optim.transaction import UpdateTransaction
-from sb3_trpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, has_images
-from sb3_trpo.reporting import explained_variance, record_status, record_update, share_accepted
+from sb3_trpo.policies import POLICY_ALIASES
+from sb3_trpo.reporting import explained_variance, record_line_search, record_statuses, record_update
 from sb3_trpo.rollouts.checks import EnvOutputCheck, checked_steps, kept_statistics
 from sb3_trpo.rollouts.loop import fill_buffer
 from sb3_trpo.saving.sb3_contrib import convert_model
-from sb3_trpo.validation import (
-    check_rollout_size,
-    named_keyword_arguments,
-    unused_arguments,
-    warn_of_unused_arguments,
-    with_action_bound,
-)
-
-IMAGE_CHUNK = 256  # states in one forward pass where max_batch_size leaves it open: some 100 MB with NatureCNN
-
-#: Arguments that are not the algorithm's own.
-SB3_ARGUMENTS = (
-    "policy",
-    "env",
-    "rollout_buffer_class",
-    "rollout_buffer_kwargs",
-    "stats_window_size",
-    "tensorboard_log",
-    "policy_kwargs",
-    "verbose",
-    "seed",
-    "device",
-)
-BUFFER_CLASS = optional(subclass_of(RolloutBuffer, "a class derived from SB3's RolloutBuffer"))
+from sb3_trpo.validation import checked_setup, unused_arguments, warn_of_unused_arguments
 
 
 class TRPO(ResumableAlgorithm):
@@ -107,8 +78,7 @@ class TRPO(ResumableAlgorithm):
     :param rollout_buffer_kwargs: further arguments of the rollout buffer
     :param normalize_advantage: scale advantages to mean 0 and standard deviation 1
     :param target_kl: δ, bound on the mean joint KL(π_old ‖ π_new) of an update, in nats; number or schedule
-    :param sub_sampling_factor: compute the Fisher matrix from one in so many states (Schulman's thesis, p. 40); gradient
-        and line search always use all
+    :param sub_sampling_factor: compute the Fisher matrix from one in so many states (Schulman's thesis, p. 40)
     :param stats_window_size: episodes over which the logged episode statistics average
     :param tensorboard_log: folder for TensorBoard logs; None for none
     :param policy_kwargs: further arguments of the policy
@@ -118,8 +88,7 @@ class TRPO(ResumableAlgorithm):
     :param _init_setup_model: build the networks at once
     :param cg_residual_tol: stop conjugate gradients once the residual's norm is this share of the gradient's; 0 to run
         all ``cg_max_steps``. None for 0.05 with Kronecker factors, and 0.01 without, where a residual says less
-    :param cg_preconditioner: ``"kfac"`` for Kronecker factors where the network has no convolutions, None for plain
-        conjugate gradients
+    :param cg_preconditioner: ``"kfac"`` for Kronecker factors where the network has no convolutions; None for none
     :param critic_method: how the critic is fitted: ``"gauss_newton"`` (damped Gauss-Newton steps on the whole rollout), or
         ``"minibatch"`` (the policy's optimizer, as in sb3-contrib, with ``learning_rate``, ``batch_size`` and
         ``n_critic_updates``, which the first does not use)
@@ -130,37 +99,26 @@ class TRPO(ResumableAlgorithm):
     :param ent_coef: weight of the policy's mean entropy in the objective
     :param n_policy_updates: steps of the policy on each rollout. All stay in one trust region, around the policy that
         collected it: each goes for an equal share of the way
-    :param policy_batch_size: most states that the direction of one step is computed from; the rollout is shuffled and cut
-        into equal parts, and each ``n_policy_updates`` goes through all. The line search always uses the whole rollout.
-        None for the whole rollout
+    :param policy_batch_size: most states that the direction of one step is computed from: each of ``n_policy_updates`` passes
+        takes all equal parts of the shuffled rollout. The line search always uses all states. None for the whole rollout
     :param line_search_accept_ratio: least ratio of actual to expected improvement that the line search accepts, in [0, 1]
     :param return_scaling: let the critic predict returns divided by the running standard deviation of all returns so far
-    :param action_bound: ``"clip"`` or ``"tanh"`` to bring Box actions to [-1, 1] so and scale them to the space's bounds; None
-        to clip them to the bounds, as SB3 does
-    :param curvature_batch_size: most states, drawn at random in each update, that the Fisher and Gauss-Newton matrices are
-        computed from; gradient, KL and line search always use all. Applies to what ``sub_sampling_factor`` leaves, and to the
-        critic. None for all states, or 256 with images
+    :param action_bound: squash Box actions by ``"clip"`` or ``"tanh"`` and scale them to the bounds; None to clip, as SB3 does
+    :param curvature_batch_size: most states, drawn at random from what ``sub_sampling_factor`` leaves, that the Fisher and
+        Gauss-Newton matrices are computed from; gradient, KL and line search use all. None for all, or 256 with images
     :param check_observations: refuse observations with a NaN or an infinity; False for a policy that handles them itself, as
         by masking padding. Rewards, actions, values and the update are checked in any case
     :raises ValueError: an argument is out of range; the message names it, its value and what is allowed
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": MlpPolicy,
-        "CnnPolicy": CnnPolicy,
-        "MultiInputPolicy": MultiInputPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICY_ALIASES
     #: Training ends with an error after so many updates in a row that came to a NaN or an infinity, and were undone.
     max_failed_updates: int = 10
     _failed_updates: int = 0
     #: True over quadratic KL of recent steps: where the line search starts.
     _kl_ratio: float = 1.0
-    #: Names of the constructor arguments that the user gave.
-    _given_arguments: frozenset[str] = frozenset()
     #: How the family of policies is built and called.
     adapter_class: ClassVar[type[PolicyAdapter]] = ActorCriticAdapter
-    #: States that curvature is computed from where there are images and ``curvature_batch_size`` is None; None for all.
-    image_sample: ClassVar[int | None] = 256
 
     @checked
     def __init__(
@@ -179,7 +137,7 @@ class TRPO(ResumableAlgorithm):
         gae_lambda: Annotated[float, allowed.UNIT_INTERVAL] = 0.95,
         use_sde: Annotated[bool, allowed.BOOLEAN] = False,
         sde_sample_freq: Annotated[int, allowed.SAMPLE_FREQUENCY] = -1,
-        rollout_buffer_class: Annotated[type[RolloutBuffer] | None, BUFFER_CLASS] = None,
+        rollout_buffer_class: Annotated[type[RolloutBuffer] | None, allowed.ROLLOUT_BUFFER_CLASS_OR_NONE] = None,
         rollout_buffer_kwargs: Annotated[dict[str, Any] | None, allowed.KEYWORD_ARGUMENTS_OR_NONE] = None,
         normalize_advantage: Annotated[bool, allowed.BOOLEAN] = True,
         target_kl: Annotated[float | Schedule, allowed.POSITIVE_OR_SCHEDULE] = 0.03,
@@ -263,68 +221,18 @@ class TRPO(ResumableAlgorithm):
             self._setup_model()
             warn_of_unused_arguments(self._unused_arguments(), self._given_arguments, self.policy_kwargs)
 
-    #: Rules of the algorithm's own arguments: files, hyperparameters and other processes are checked by them.
-    argument_rules: ClassVar[dict[str, Rule]] = {
-        name: rule for name, rule in rules_of(__init__).items() if name not in SB3_ARGUMENTS
-    }
-
-    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
-        if policy_name not in self.policy_aliases:
-            raise ValueError(
-                f"policy={policy_name!r} is not allowed: it must be {' or '.join(map(repr, self.policy_aliases))}, or a "
-                f"policy class{did_you_mean(policy_name, self.policy_aliases)}"
-            )
-        return self.policy_aliases[policy_name]
+    argument_rules: ClassVar[dict[str, Rule]] = own_rules_of(__init__)
 
     def _setup_model(self) -> None:
-        # A loaded model's arguments come from its file and from the keyword arguments of `load`.
-        rules = {**rules_of(TRPO.__init__), **self.argument_rules}
-        kept = {name: rule for name, rule in rules.items() if name in vars(self) and name != "policy"}
-        vars(self).update(check_arguments(kept, vars(self)))
-        if getattr(self, "observation_space", None) is None:
-            raise ValueError("env=None is not allowed: a new model needs an environment")
-        check_rollout_size(
-            self.n_steps,
-            self.n_envs,
-            normalize_advantage=self.normalize_advantage,
-            sub_sampling_factor=self.sub_sampling_factor,
-            policy_batch_size=self.policy_batch_size,
-            critic_batch_size=self.batch_size if self.critic_method == "minibatch" else None,
-        )
-        self.adapter_class.check_policy(self.policy_class)
-        if self.action_bound is not None:
-            self.policy_kwargs = with_action_bound(self.policy_class, self.policy_kwargs, self.action_bound)
-        if issubclass(self.policy_class, BoundedActionPolicy):
-            options = {name: self.policy_kwargs.get(name) for name in ACTION_OPTIONS}
-            check_action_options(self.action_space, self.use_sde, options)
-        keyword_arguments = {"policy_kwargs": self.policy_kwargs, "rollout_buffer_kwargs": self.rollout_buffer_kwargs}
-        with named_keyword_arguments(self.policy_class, keyword_arguments):
+        with checked_setup(self, {**rules_of(TRPO.__init__), **self.argument_rules}):
             self._setup_networks()
-        if self.return_scaling and not self.adapter.fits_loop(self.rollout_buffer):
-            raise ValueError(
-                "return_scaling=True is not allowed with a policy that has a forward method of its own, or a rollout buffer "
-                "class of your own: their values could not be scaled"
-            )
 
     def _setup_networks(self) -> None:
         """Make policy and buffer, after seeding all generators."""
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        spaces_of_env = (self.observation_space, self.action_space)
-        policy_arguments = self.adapter_class.policy_arguments(self.use_sde)
-        policy: Any = self.policy_class(*spaces_of_env, self.lr_schedule, **policy_arguments, **self.policy_kwargs)
-        self.policy = policy.to(self.device)
-        buffer_class: Any = self.adapter_class.find_buffer_class(self.rollout_buffer_class, self.observation_space)
-        self.rollout_buffer = buffer_class(
-            self.n_steps,
-            *spaces_of_env,
-            *self.adapter_class.buffer_arguments(self.policy, self.n_steps, self.n_envs),
-            device=self.device,
-            gamma=self.gamma,
-            gae_lambda=self.gae_lambda,
-            n_envs=self.n_envs,
-            **self.rollout_buffer_kwargs,
-        )
+        self.policy = self.adapter_class.make_policy(self)
+        self.rollout_buffer = self.adapter_class.make_buffer(self)
         self._maybe_recommend_cpu()
 
     @property
@@ -336,89 +244,55 @@ class TRPO(ResumableAlgorithm):
         """Return the arguments that have no effect, by the argument that disables them."""
         return unused_arguments(self.critic_method)
 
-    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        if self.critic_method != "minibatch":  # nothing uses the optimizer
-            return
-        learning_rate = schedule_value("learning_rate", self.learning_rate, self._current_progress_remaining)
-        self.logger.record("train/learning_rate", learning_rate)
-        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
-            update_learning_rate(optimizer, learning_rate)
-
-    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
-        # The last rollout may go beyond the total, and a schedule that ends at 0 must not go below it.
-        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
-
     @synchronized
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """
-        Fill the buffer by acting with the policy.
+        Fill the buffer by acting with the policy: see :func:`fill_buffer` for the loop.
 
-        Callbacks find SB3's local variables. A callback may change the policy at any time.
-
-        :param env: the training environment
-        :param callback: called at every step, and at the rollout's start and end
-        :param rollout_buffer: buffer to fill
-        :param n_rollout_steps: steps to take in each environment
-        :return: False if the callback stopped the training
-        :raises NonFiniteError: the environment returned a NaN or an infinity
+        Callbacks find SB3's local variables, and may change the policy at any time.
         """
         check = EnvOutputCheck(env, self.num_timesteps, self.check_observations)
         with kept_statistics(env):
             if self.adapter.fits_loop(rollout_buffer):
                 return fill_buffer(self, env, callback, rollout_buffer, n_rollout_steps, check)
             with checked_steps(env, check):
-                return self._collect_by_sb3(env, callback, rollout_buffer, n_rollout_steps)
-
-    def _collect_by_sb3(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
-    ) -> bool:
-        """SB3's loop, for all others."""
-        with raw_actions(self.policy):
-            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+                return self.adapter.collect_by_sb3(self, env, callback, rollout_buffer, n_rollout_steps)
 
     @without_validation()
     def train(self) -> None:
         """Improve the policy inside its trust region, then fit the value function."""
         start_time = time.perf_counter()
         self.policy.set_training_mode(False)  # the mode in which the rollout was collected
-        self._update_learning_rate(self.policy.optimizer)
-        adapter = self.adapter
+        adapter, statistics = self.adapter, RunningStatistics(self.policy)
         batch = adapter.read().shard(self._ranks)
         batch = normalize_advantages(batch) if self.normalize_advantage else batch
         with UpdateTransaction(self.policy, self._failed_updates, self.max_failed_updates) as update:
             surrogate = Surrogate(adapter.actor(batch), batch, self._chunk_size, self.ent_coef)  # L(θ), D̄_KL(π_old ‖ π_θ)
-            tracked, point = self._track_statistics(adapter, surrogate)
+            point = statistics.follow_policy(adapter.distribution, surrogate, self._current_target_kl)
             minibatches = self._policy_minibatches(batch)
             for index in minibatches:
                 update.steps.append(self._policy_step(surrogate, point, index, len(minibatches)))
                 point = update.steps[-1].search.point
             update.restore_buffers_without_step()
-            update.critic = self._fit_critic(adapter, batch, surrogate.model.parameters, tracked)
+            statistics.follow_critic(adapter.values, adapter.critic_batch(batch), self._chunk_size)
+            update.critic = self._fit_critic(adapter, batch, surrogate.model.parameters)
         self._failed_updates = update.n_failed
         self._n_updates += 1
-        self._record(update.steps, update.critic, surrogate.entropy, time.perf_counter() - start_time)
+        self._record(update, surrogate.entropy, time.perf_counter() - start_time)
         update.raise_if_stuck()
 
     def _policy_step(self, surrogate: Surrogate, start: Evaluation, index: th.Tensor | None, n_steps: int) -> PolicyStep:
-        """
-        One natural-gradient step θ ← θ + αʲβs (Schulman et al. 2015, appendix C).
-
-        :param surrogate: L(θ) and D̄_KL(π_old ‖ π_θ) on the whole rollout
-        :param start: L and D̄_KL at the current θ
-        :param index: sequences to compute the direction from; None for all
-        :param n_steps: number of steps in a pass over the rollout
-        :return: the step
-        """
+        """Take one natural-gradient step θ ← θ + αʲβs (Schulman et al. 2015, appendix C), one of ``n_steps`` in a pass."""
         local = surrogate.relinearize(index)  # around the current θ
         subsampled = local.subsample(self.sub_sampling_factor, self._curvature_size)
         gradient = local.gradient()  # g
         fisher = FisherOperator(subsampled, self.cg_damping)  # v ↦ (F + λI) v
         fisher.keep_definite(gradient)
-        inverse = self._preconditioner(subsampled, fisher.damping)  # v ↦ ≈ (F + λI)⁻¹ v
-        cg = conjugate_gradient(fisher, gradient, max_iter=self.cg_max_steps, rtol=self._cg_tolerance(inverse), M=inverse)
+        inverse = make_preconditioner(subsampled, fisher.damping) if self.cg_preconditioner else None  # v ↦ ≈ (F + λI)⁻¹ v
+        rtol = default_tolerance(inverse) if self.cg_residual_tol is None else self.cg_residual_tol
+        cg = conjugate_gradient(fisher, gradient, max_iter=self.cg_max_steps, rtol=rtol, M=inverse)  # s ≈ (F + λI)⁻¹ g
         curvature = undamped_curvature(cg.curvature, fisher.damping, float(cg.x.dot(cg.x)))  # sᵀFs
         step_size = self._step_size(curvature, n_steps)  # β
         expected = step_size * float(gradient.dot(cg.x))
@@ -431,18 +305,6 @@ class TRPO(ResumableAlgorithm):
             return [None] * self.n_policy_updates
         return [index for _ in range(self.n_policy_updates) for index in batch.minibatches(self.policy_batch_size, equal=True)]
 
-    def _track_statistics(self, adapter: PolicyAdapter, surrogate: Surrogate) -> tuple[Sequence[nn.Module], Evaluation]:
-        """Bring the policy's running statistics up to date; return the layers that have them, and L and D̄_KL afterwards."""
-        tracked, point = track_inside(
-            tracking_layers(self.policy),
-            adapter.distribution,
-            surrogate.batch,
-            self._chunk_size,
-            surrogate.evaluate,
-            self._current_target_kl,
-        )
-        return tracked, point or surrogate.start()
-
     @property
     def _current_target_kl(self) -> float:
         """δ at this point of the training."""
@@ -450,59 +312,28 @@ class TRPO(ResumableAlgorithm):
 
     @property
     def _value_scale(self) -> float:
-        """What the critic's outputs are multiplied with to give values."""
-        return float(np.sqrt(self.return_moments.var + 1e-8)) if self.return_scaling else 1.0
+        """Factor of the critic's outputs to give values."""
+        return value_scale(self.return_moments) if self.return_scaling else 1.0
 
     @property
     def _chunk_size(self) -> int | None:
         """Most states in one forward pass."""
-        if self.max_batch_size is not None or not has_images(self.observation_space):
-            return self.max_batch_size
-        return IMAGE_CHUNK
+        return self.adapter_class.chunk_size(self.max_batch_size, self.observation_space)
 
     @property
     def _curvature_size(self) -> int | None:
         """Most states that a curvature matrix is computed from."""
-        if self.curvature_batch_size is not None or not has_images(self.observation_space):
-            return self.curvature_batch_size
-        return self.image_sample
-
-    def _preconditioner(self, surrogate: Surrogate, damping: float) -> KFACPreconditioner | None:
-        if self.cg_preconditioner is None or not pays(surrogate):
-            return None
-        return KFACPreconditioner(surrogate, damping)
-
-    def _cg_tolerance(self, inverse: KFACPreconditioner | None) -> float:
-        if self.cg_residual_tol is not None:
-            return self.cg_residual_tol
-        return 0.01 if inverse is None else 0.05
+        return self.adapter_class.curvature_size(self.curvature_batch_size, self.observation_space)
 
     def _step_size(self, curvature: float, n_steps: int) -> float:
-        """
-        β of a step.
-
-        Steps share the trust region. Passes over the rollout take similar directions, so their lengths add up to its radius;
-        minibatches of a pass take different ones, so the squares of their lengths add up.
-
-        :param curvature: sᵀFs
-        :param n_steps: number of steps of the update
-        :return: factor of s
-        """
+        """Return β, so that all steps of the update together fill the trust region."""
+        # Passes take similar directions, so their lengths add up; the ``n_steps`` minibatches of a pass take different ones,
+        # so the squares of their lengths add up.
         return max_step_length(curvature, self._current_target_kl / (n_steps * self.n_policy_updates))
 
     def _line_search(self, surrogate: Surrogate, step: th.Tensor, start: Evaluation, expected: float) -> LineSearchResult:
-        """
-        Move θ along the step as far as the trust region and the objective allow, or not at all.
-
-        :param surrogate: L(θ) and D̄_KL(π_old ‖ π_θ)
-        :param step: βs, the longest step
-        :param start: L and D̄_KL at the current θ
-        :param expected: βgᵀs, the improvement of L by the step in a linear model
-        :return: the accepted point, or ``start``
-        """
-        if not is_step(step):
-            return LineSearchResult(LineSearchStatus.SKIPPED, 0.0, 0, start)
-        # The full step's quadratic KL is δ if no other step shares the region.
+        """Move θ by the step βs, as far as the trust region and the objective allow. Expects an improvement of βgᵀs."""
+        # Alone in the region, the full step has a quadratic KL of δ.
         fills_region = start.kl == 0.0 and self.n_policy_updates == 1 and self.policy_batch_size is None
         search = search_along(
             step,
@@ -521,23 +352,10 @@ class TRPO(ResumableAlgorithm):
             self._kl_ratio = updated_kl_ratio(self._kl_ratio, search, self._current_target_kl)
         return search
 
-    def _fit_critic(
-        self, adapter: PolicyAdapter, batch: RolloutBatch, actor: Sequence[nn.Parameter], tracked: Sequence[nn.Module] = ()
-    ) -> CriticFit:
-        """
-        Regress the values on the returns, in the parameters that the policy does not depend on.
-
-        :param adapter: calls the policy
-        :param batch: the rollout
-        :param actor: θ, not to be changed
-        :param tracked: layers with the policy's running statistics, not to be changed
-        :return: result of the regression
-        """
-        own = [layer for layer in tracking_layers(self.policy) if layer not in tracked]
-        if own:
-            track(own, adapter.values, adapter.critic_batch(batch), self._chunk_size)
+    def _fit_critic(self, adapter: PolicyAdapter, batch: RolloutBatch, actor: Sequence[nn.Parameter]) -> CriticFit:
+        """Regress the values on the returns, in the parameters that the policy does not depend on."""
         critic = adapter.critic(batch, actor, self._chunk_size)
-        batch = self._scale_returns(critic.batch) if self.return_scaling else critic.batch
+        batch = scale_returns(critic.batch, self.return_moments) if self.return_scaling else critic.batch
         if self.critic_method == "gauss_newton":
             return fit_gauss_newton(
                 critic.model,
@@ -548,6 +366,7 @@ class TRPO(ResumableAlgorithm):
                 # Features are not images any more: products on them are cheap.
                 curvature_size=self.curvature_batch_size if critic.has_features else self._curvature_size,
             )
+        self._update_learning_rate(self.policy.optimizer)
         return fit_minibatches(
             critic.values,
             batch,
@@ -557,45 +376,24 @@ class TRPO(ResumableAlgorithm):
             n_epochs=self.n_critic_updates,
         )
 
-    def _scale_returns(self, batch: RolloutBatch) -> RolloutBatch:
-        """Divide returns by the running standard deviation, then update it."""
-        scaled = replace(batch, returns=batch.returns / self._value_scale)
-        seen = moments(batch.returns[batch.mask].cpu().double(), batch.ranks)
-        if all_finite([seen.variance]):
-            self.return_moments.update_from_moments(seen.mean.numpy(), seen.variance.numpy(), seen.n_values)
-        return scaled
-
-    def _record(self, steps: list[PolicyStep], critic: CriticFit, entropy: float, seconds: float) -> None:
-        """
-        Tell the logger, and :attr:`last_update`, what the update did.
-
-        :param steps: steps of the policy
-        :param critic: fit of the critic
-        :param entropy: mean entropy of the policy that collected the rollout, in nats
-        :param seconds: wall-clock time of the update
-        """
-        self.last_update = UpdateStats.of(steps, critic.losses, seconds)
+    def _record(self, update: UpdateTransaction, entropy: float, seconds: float) -> None:
+        """Tell the logger, and :attr:`last_update`, what the update did; ``entropy`` is that of π_old."""
+        self.last_update = UpdateStats.of(update.steps, update.critic.losses, seconds)
         record_update(self.logger, self.last_update)
-        record = self.logger.record
-        record("train/explained_variance", explained_variance(self.rollout_buffer, self._ranks))
-        self._record_outcomes(steps)
-        status = steps[-1].solution.status
-        record_status(self.logger, "train/cg_status", status.value, status in (CGStatus.CONVERGED, CGStatus.ITERATION_BOUND))
-        record_status(self.logger, "train/is_critic_fit_success", float(critic.succeeded), critic.succeeded)
-        record_status(self.logger, "train/failed_updates", self._failed_updates, self._failed_updates == 0)
-        record("train/entropy", entropy)
+        record_statuses(self.logger, update)
+        self._record_outcomes(update.steps)
+        self.logger.record("train/explained_variance", explained_variance(self.rollout_buffer, self._ranks))
+        self.logger.record("train/entropy", entropy)
         if hasattr(self.policy, "log_std"):
-            record("train/std", th.exp(self.policy.log_std).mean().item())
-        record("train/n_updates", self._n_updates, exclude="tensorboard")
+            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _record_outcomes(self, steps: list[PolicyStep]) -> None:
-        self.logger.record("train/is_line_search_success", share_accepted(steps))
-        outcome = steps[-1].search.outcome
-        record_status(self.logger, "train/line_search", outcome.value, outcome is LineSearchStatus.ACCEPTED)
+        record_line_search(self.logger, steps)
         self.logger.record("train/target_kl", self._current_target_kl)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "last_update", "_given_arguments"]
+        return [*super()._excluded_save_params(), "last_update"]
 
     def _loaded(self, names: set[str], keep: set[str]) -> None:
         if "kl_is_joint" not in names:

@@ -1,19 +1,75 @@
 """Checks of constructor arguments against one another; :mod:`sb3_trpo.arguments` has the rules of single ones."""
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sb3_trpo.actions import BoundedActionPolicy
-from sb3_trpo.arguments import shown
+from sb3_trpo.arguments import Rule, check_arguments, shown
 from sb3_trpo.errors import argument_error, warn_user
 from sb3_trpo.saving.sb3_contrib import MINIBATCH_ARGUMENTS
+
+if TYPE_CHECKING:
+    from sb3_trpo.trpo import TRPO
 
 MAX_STATES = 2**31 - 1  # in a rollout
 #: Arguments that only the Gauss-Newton critic uses.
 GAUSS_NEWTON_ARGUMENTS = ("critic_damping", "n_critic_steps")
 OPTIMIZER_OPTIONS = ("optimizer_class", "optimizer_kwargs")
+
+
+@contextmanager
+def checked_setup(model: "TRPO", rules: Mapping[str, Rule]) -> Iterator[None]:
+    """
+    Check the arguments of a model whose networks are made inside, and name those that they cannot be made from.
+
+    :param model: the model
+    :param rules: rules of the arguments, by name
+    :return: context manager
+    :raises ValueError: an argument is not allowed; the message names it, its value and what is allowed
+    """
+    check_model(model, rules)
+    try:
+        yield
+    except (TypeError, AttributeError, AssertionError, LookupError, RuntimeError, OverflowError) as error:
+        arguments = {"policy_kwargs": model.policy_kwargs, "rollout_buffer_kwargs": model.rollout_buffer_kwargs}
+        words = " and ".join(f"{name}={shown(value)}" for name, value in arguments.items() if value)
+        if not words:
+            raise
+        needs = f"it must suit {model.policy_class.__name__} and the rollout buffer, which raised {error!r}"
+        raise argument_error(f"{words} is not allowed: {needs}", error) from error
+    if model.return_scaling and not model.adapter.fits_loop(model.rollout_buffer):
+        raise ValueError(
+            "return_scaling=True is not allowed with a policy that has a forward method of its own, or a rollout buffer "
+            "class of your own: their values could not be scaled"
+        )
+
+
+def check_model(model: "TRPO", rules: Mapping[str, Rule]) -> None:
+    """
+    Check and convert all arguments of a model without networks, each by its rule and against the others.
+
+    A loaded model's arguments come from its file and from the keyword arguments of ``load``.
+
+    :param model: the model
+    :param rules: rules of the arguments, by name
+    :raises ValueError: an argument is not allowed; the message names it, its value and what is allowed
+    """
+    values = vars(model)
+    values.update(check_arguments({name: rule for name, rule in rules.items() if name in values and name != "policy"}, values))
+    if getattr(model, "observation_space", None) is None:
+        raise ValueError("env=None is not allowed: a new model needs an environment")
+    check_rollout_size(
+        model.n_steps,
+        model.n_envs,
+        normalize_advantage=model.normalize_advantage,
+        sub_sampling_factor=model.sub_sampling_factor,
+        policy_batch_size=model.policy_batch_size,
+        critic_batch_size=model.batch_size if model.critic_method == "minibatch" else None,
+    )
+    model.adapter_class.check_policy(model.policy_class)
+    if model.action_bound is not None:
+        model.policy_kwargs = with_action_bound(model.policy_class, model.policy_kwargs, model.action_bound)
 
 
 def check_rollout_size(
@@ -47,10 +103,9 @@ def check_rollout_size(
         if value is not None and value > n_states:
             raise ValueError(f"{name}={value} is not allowed: it must be at most the rollout's {words}")
     if critic_batch_size is not None and n_states % critic_batch_size > 0:
-        warnings.warn(
+        warn_user(
             f"batch_size={critic_batch_size} does not divide the rollout's {words}: "
-            f"the last minibatch of each pass has {n_states % critic_batch_size}",
-            stacklevel=4,
+            f"the last minibatch of each pass has {n_states % critic_batch_size}"
         )
 
 
@@ -73,27 +128,6 @@ def with_action_bound(policy: type, policy_kwargs: Mapping[str, Any], action_bou
     if other != action_bound:
         raise ValueError(f"action_bound={action_bound!r} is not allowed with policy_kwargs['action_bound']={other!r}")
     return {**policy_kwargs, "action_bound": action_bound}
-
-
-@contextmanager
-def named_keyword_arguments(policy: type, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """
-    Name the user's keyword arguments if policy or buffer cannot be made from them.
-
-    :param policy: the policy class
-    :param arguments: name of the argument ↦ dictionary
-    :return: context manager
-    :raises ValueError: something was raised inside the context, and there are such arguments
-    """
-    try:
-        yield
-    except (TypeError, AttributeError, AssertionError, LookupError, RuntimeError, OverflowError) as error:
-        words = " and ".join(f"{name}={shown(value)}" for name, value in arguments.items() if value)
-        if not words:
-            raise
-        raise argument_error(
-            f"{words} is not allowed: it must suit {policy.__name__} and the rollout buffer, which raised {error!r}", error
-        ) from error
 
 
 def unused_arguments(critic_method: str) -> dict[str, tuple[str, ...]]:

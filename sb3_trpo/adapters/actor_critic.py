@@ -10,7 +10,9 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
@@ -51,6 +53,13 @@ class ActorCriticAdapter(PolicyAdapter):
     def fits_loop(self, buffer: RolloutBuffer) -> bool:
         """See :meth:`ActingPolicy.fits_loop`."""
         return type(buffer) in ARRAY_BUFFERS and not has_own_forward(self.policy)
+
+    def collect_by_sb3(
+        self, model: Any, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_steps: int
+    ) -> bool:
+        """See :meth:`PolicyAdapter.collect_by_sb3`."""
+        with raw_actions(self.policy):
+            return OnPolicyAlgorithm.collect_rollouts(model, env, callback, rollout_buffer, n_steps)
 
     def start_rollout(self, env: VecEnv, n_steps: int, sde_sample_freq: int, is_watched: bool) -> ActionSampler | None:
         """See :meth:`ActingPolicy.start_rollout`."""

@@ -7,13 +7,17 @@ from typing import Any, ClassVar, NamedTuple
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_trpo.adapters.models import ValueFunction, actor_model, critic_model, critic_parameters, value_function
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.objective import Model
+from sb3_trpo.policies import has_images
 from sb3_trpo.rollouts.acting import ActingPolicy
 
 
@@ -41,6 +45,10 @@ class PolicyAdapter(ActingPolicy):
     :param buffer: the rollout buffer
     """
 
+    #: States in one forward pass, and in the sample that curvature is computed from, where there are images and the user
+    #: leaves them open; None for all. 256 states take some 100 MB with NatureCNN.
+    image_chunk: ClassVar[int | None] = 256
+    image_sample: ClassVar[int | None] = 256
     #: Class that policies of this family derive from, and the library that has it.
     policy_base: ClassVar[type[BasePolicy]]
     #: Rollout buffers for flat and for Dict observations, from which a user's own derive.
@@ -60,6 +68,48 @@ class PolicyAdapter(ActingPolicy):
             )
 
     @classmethod
+    def make_policy(cls, model: OnPolicyAlgorithm) -> Any:
+        """
+        Make the policy of an algorithm.
+
+        :param model: the algorithm, without its networks
+        """
+        policy_class: Any = model.policy_class
+        spaces_of_env = (model.observation_space, model.action_space)
+        own = cls.policy_arguments(model.use_sde)
+        return policy_class(*spaces_of_env, model.lr_schedule, **own, **model.policy_kwargs).to(model.device)
+
+    @staticmethod
+    def policy_arguments(use_sde: bool) -> dict[str, Any]:
+        """
+        Return the arguments that policies of this family take, beside the spaces and the learning rate.
+
+        :param use_sde: whether gSDE is used
+        """
+        return {"use_sde": use_sde}
+
+    @classmethod
+    def make_buffer(cls, model: OnPolicyAlgorithm) -> Any:
+        """
+        Make the rollout buffer of an algorithm.
+
+        :param model: the algorithm, with its policy
+        :raises ValueError: the user's class of buffers does not derive from the usual one
+        """
+        buffer_class: Any = cls.find_buffer_class(model.rollout_buffer_class, model.observation_space)
+        return buffer_class(
+            model.n_steps,
+            model.observation_space,
+            model.action_space,
+            *cls.buffer_arguments(model.policy, model.n_steps, model.n_envs),
+            device=model.device,
+            gamma=model.gamma,
+            gae_lambda=model.gae_lambda,
+            n_envs=model.n_envs,
+            **model.rollout_buffer_kwargs,
+        )
+
+    @classmethod
     def find_buffer_class(cls, given: type[RolloutBuffer] | None, observation_space: spaces.Space[Any]) -> type[RolloutBuffer]:
         """
         Return the class of the rollout buffer.
@@ -76,15 +126,6 @@ class PolicyAdapter(ActingPolicy):
         return given or usual
 
     @staticmethod
-    def policy_arguments(use_sde: bool) -> dict[str, Any]:
-        """
-        Return the arguments that policies of this family take, beside the spaces and the learning rate.
-
-        :param use_sde: whether gSDE is used
-        """
-        return {"use_sde": use_sde}
-
-    @staticmethod
     def buffer_arguments(policy: Any, n_steps: int, n_envs: int) -> tuple[Any, ...]:
         """
         Return the arguments that buffers of this family take after the spaces.
@@ -94,6 +135,41 @@ class PolicyAdapter(ActingPolicy):
         :param n_envs: number of environments
         """
         return ()
+
+    @classmethod
+    def chunk_size(cls, given: int | None, observation_space: spaces.Space[Any]) -> int | None:
+        """
+        Return the most states in one forward pass; None for all.
+
+        :param given: the user's choice, or None
+        :param observation_space: the environment's observation space
+        """
+        return cls.image_chunk if given is None and has_images(observation_space) else given
+
+    @classmethod
+    def curvature_size(cls, given: int | None, observation_space: spaces.Space[Any]) -> int | None:
+        """
+        Return the most states that a curvature matrix is computed from; None for all.
+
+        :param given: the user's choice, or None
+        :param observation_space: the environment's observation space
+        """
+        return cls.image_sample if given is None and has_images(observation_space) else given
+
+    @abstractmethod
+    def collect_by_sb3(
+        self, model: Any, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_steps: int
+    ) -> bool:
+        """
+        Collect a rollout by the loop of SB3's or sb3-contrib's own algorithm for this family.
+
+        :param model: the algorithm
+        :param env: the training environment
+        :param callback: called at every step, and at the rollout's start and end
+        :param rollout_buffer: buffer to fill
+        :param n_steps: steps to take in each environment
+        :return: False if the callback stopped the training
+        """
 
     def evaluate(self, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
         """

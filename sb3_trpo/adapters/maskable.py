@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.common.maskable.utils import get_action_masks
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
@@ -47,6 +49,12 @@ class MaskableAdapter(PolicyAdapter):
     def fits_loop(self, buffer: RolloutBuffer) -> bool:
         """See :meth:`ActingPolicy.fits_loop`."""
         return type(buffer) in ARRAY_BUFFERS and not has_own_forward(self.policy)
+
+    def collect_by_sb3(
+        self, model: Any, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_steps: int
+    ) -> bool:
+        """See :meth:`PolicyAdapter.collect_by_sb3`."""
+        return MaskablePPO.collect_rollouts(model, env, callback, rollout_buffer, n_steps, self._use_masking)
 
     def start_rollout(self, env: VecEnv, n_steps: int, sde_sample_freq: int, is_watched: bool) -> ActionSampler | None:
         """See :meth:`ActingPolicy.start_rollout`."""

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.buffers import RecurrentDictRolloutBuffer, RecurrentRolloutBuffer
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
@@ -53,6 +55,7 @@ class RecurrentAdapter(PolicyAdapter):
 
     policy_base = RecurrentActorCriticPolicy
     buffer_bases = (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)
+    image_sample = None  # states of a few sequences are too much alike
     step_variables = PolicyAdapter.step_variables | {"lstm_states", "episode_starts"}
 
     def __init__(self, policy: Any, buffer: Any, memory: LstmMemory, minibatch_critic: bool = False) -> None:
@@ -72,6 +75,12 @@ class RecurrentAdapter(PolicyAdapter):
     def fits_loop(self, buffer: RolloutBuffer) -> bool:
         """See :meth:`ActingPolicy.fits_loop`."""
         return type(buffer) in self.buffer_bases
+
+    def collect_by_sb3(
+        self, model: Any, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_steps: int
+    ) -> bool:
+        """See :meth:`PolicyAdapter.collect_by_sb3`."""
+        return RecurrentPPO.collect_rollouts(model, env, callback, rollout_buffer, n_steps)
 
     def start_rollout(self, env: VecEnv, n_steps: int, sde_sample_freq: int, is_watched: bool) -> ActionSampler | None:
         """See :meth:`ActingPolicy.start_rollout`; evaluating later would run the LSTMs a second time."""

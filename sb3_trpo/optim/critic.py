@@ -13,7 +13,7 @@ from torch.distributions import Normal
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.fisher import FisherOperator
-from sb3_trpo.optim.kfac import KFACPreconditioner, pays
+from sb3_trpo.optim.kfac import KFACPreconditioner, make_preconditioner
 from sb3_trpo.optim.line_search import Evaluation, LineSearchStatus, search_along
 from sb3_trpo.optim.mlp import recorded_calls
 from sb3_trpo.optim.objective import Model, ModelOutput, RolloutObjective
@@ -178,8 +178,7 @@ def fit_gauss_newton(
         curved = regression if sample is batch else ValueRegression(critic, sample, chunk_size)
         matrix = FisherOperator(curved, damping)
         matrix.keep_definite(gradient)
-        if inverse is None and pays(curved):
-            inverse = KFACPreconditioner(curved, matrix.damping)
+        inverse = inverse or make_preconditioner(curved, matrix.damping)
         solution = conjugate_gradient(matrix, gradient, max_iter=max_iter, rtol=rtol, M=inverse)
         improved = _improve(regression, solution.x, 2.0 * float(gradient.dot(solution.x)))
         if improved is None:

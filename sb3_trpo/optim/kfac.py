@@ -157,6 +157,26 @@ def _shifted_inverse(factor: th.Tensor, size: th.Tensor, shift: th.Tensor) -> th
     return th.diag(damped.diagonal().reciprocal())
 
 
+def make_preconditioner(objective: RolloutObjective, damping: float) -> "KFACPreconditioner | None":
+    """
+    Make the preconditioner where it :func:`pays`.
+
+    :param objective: the model on the rollout
+    :param damping: λ
+    :return: v ↦ M v with M ≈ (F + λI)⁻¹, or None
+    """
+    return KFACPreconditioner(objective, damping) if pays(objective) else None
+
+
+def default_tolerance(inverse: "KFACPreconditioner | None") -> float:
+    """
+    Return the relative residual at which conjugate gradients stop; without Kronecker factors a residual says less.
+
+    :param inverse: the preconditioner, or None
+    """
+    return 0.01 if inverse is None else 0.05
+
+
 def pays(objective: RolloutObjective) -> bool:
     """
     Return True if the preconditioner is known for a model, and saves more than it costs.

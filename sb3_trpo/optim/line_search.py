@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch as th
 
-from sb3_trpo.optim.parameters import Snapshot, assign, flatten
+from sb3_trpo.optim.parameters import Snapshot, assign, flatten, is_step
 
 #: Share of the trust region at which the first point aims; the rest leaves room for the error of the prediction.
 AIM = 0.97
@@ -39,7 +39,7 @@ class LineSearchResult(NamedTuple):
     """
     What the line search found.
 
-    :param outcome: accepted, or rejected
+    :param outcome: accepted, rejected, or skipped since there is no step
     :param fraction: the share of the full step that was taken (0 if rejected)
     :param backtracks: j, how often the step was shortened
     :param point: objective and KL at the accepted point (those of θ_old if rejected)
@@ -172,7 +172,7 @@ def search_along(
     """
     Move parameters along a step as far as :func:`backtracking_line_search` allows, or not at all.
 
-    :param step: the full step βs, flat
+    :param step: the full step βs, flat; a zero step, or one that is not finite, is skipped
     :param parameters: θ
     :param evaluate: objective and KL at the present θ
     :param start: objective and KL at the θ before
@@ -180,6 +180,8 @@ def search_along(
     :param options: further arguments of :func:`backtracking_line_search`
     :return: the accepted point, or ``start``
     """
+    if not is_step(step):
+        return LineSearchResult(LineSearchStatus.SKIPPED, 0.0, 0, start)
     before = Snapshot([*parameters, *buffers])
     theta = flatten(parameters).detach()
 

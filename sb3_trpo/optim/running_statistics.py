@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.line_search import Evaluation
+from sb3_trpo.optim.objective import Surrogate
 from sb3_trpo.optim.parameters import assign, flatten
 
 #: Share of the trust region that the statistics of the policy may use, so that the step has the rest.
@@ -54,30 +55,42 @@ def track(
     return [layer for layer in layers if layer in used]
 
 
-def track_inside(
-    layers: Sequence[_NormBase],
-    function: Callable[[Inputs], object],
-    batch: RolloutBatch,
-    chunk_size: int | None,
-    evaluate: Callable[[], Evaluation],
-    target_kl: float,
-) -> tuple[list[_NormBase], Evaluation | None]:
+class RunningStatistics:
     """
-    Move the policy's running statistics as :func:`track` does, as far as their share of the trust region allows.
+    The running statistics of a policy and its critic, which each update moves once.
 
-    :param layers: normalization layers of the policy
-    :param function: observations ↦ distribution
-    :param batch: the rollout, or this process's shard of it
-    :param chunk_size: most states in one forward pass; None for all
-    :param evaluate: objective and KL at the present statistics
-    :param target_kl: δ in nats
-    :return: the layers that the distribution depends on, and objective and KL afterwards; None if there are none
+    :param policy: module that holds all normalization layers
     """
-    old = {layer: flatten(statistics([layer])) for layer in layers}
-    used = track(layers, function, batch, chunk_size) if layers else []
-    if not used:
-        return [], None
-    return used, keep_within(used, th.cat([old[layer] for layer in used]), evaluate, STATISTICS_SHARE * target_kl)
+
+    def __init__(self, policy: nn.Module) -> None:
+        self._layers = tracking_layers(policy)  # those that have not been moved yet
+
+    def follow_policy(self, function: Callable[[Inputs], object], surrogate: Surrogate, target_kl: float) -> Evaluation:
+        """
+        Move those that the policy depends on as :func:`track` does, as far as their share of the trust region allows.
+
+        :param function: observations ↦ distribution
+        :param surrogate: L and D̄_KL on the rollout
+        :param target_kl: δ in nats
+        :return: L and D̄_KL afterwards
+        """
+        old = {layer: flatten(statistics([layer])) for layer in self._layers}
+        used = track(self._layers, function, surrogate.batch, surrogate.chunk_size) if old else []
+        if not used:
+            return surrogate.start()
+        self._layers = [layer for layer in self._layers if layer not in used]
+        return keep_within(used, th.cat([old[layer] for layer in used]), surrogate.evaluate, STATISTICS_SHARE * target_kl)
+
+    def follow_critic(self, function: Callable[[Inputs], object], batch: RolloutBatch, chunk_size: int | None) -> None:
+        """
+        Move the others as :func:`track` does.
+
+        :param function: observations ↦ values
+        :param batch: the rollout, or this process's shard of it
+        :param chunk_size: most states in one forward pass; None for all
+        """
+        if self._layers:
+            track(self._layers, function, batch, chunk_size)
 
 
 @th.no_grad()
