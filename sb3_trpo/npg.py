@@ -1,6 +1,5 @@
 """The natural policy gradient as a Stable-Baselines3 algorithm."""
 
-import math
 from typing import Annotated, Any, ClassVar
 
 import torch as th
@@ -9,9 +8,8 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_trpo.arguments import POSITIVE_OR_SCHEDULE_OR_NONE, Rule, schedule_value
 from sb3_trpo.constructors import checked, rules_of, takes_arguments_of
-from sb3_trpo.optim.line_search import Evaluation, LineSearchResult, LineSearchStatus
+from sb3_trpo.optim.line_search import Evaluation, LineSearchResult, take_step
 from sb3_trpo.optim.objective import Surrogate
-from sb3_trpo.optim.parameters import Snapshot, assign, flatten, is_step
 from sb3_trpo.optim.statistics import PolicyStep
 from sb3_trpo.reporting import share_accepted
 from sb3_trpo.trpo import TRPO
@@ -64,17 +62,8 @@ class NPG(TRPO):
         return schedule_value("actor_step_size", self.actor_step_size, self._current_progress_remaining)
 
     def _line_search(self, surrogate: Surrogate, step: th.Tensor, start: Evaluation, expected: float) -> LineSearchResult:
-        """Take the step; undo it if the objective or the KL is not finite. See :meth:`TRPO._line_search`."""
-        if not is_step(step):
-            return LineSearchResult(LineSearchStatus.SKIPPED, 0.0, 0, start)
-        actor = surrogate.model.parameters
-        before = Snapshot([*actor, *self.policy.buffers()])
-        assign(actor, flatten(actor).detach() + step)
-        point = surrogate.evaluate()
-        if math.isfinite(point.objective) and math.isfinite(point.kl):
-            return LineSearchResult(LineSearchStatus.ACCEPTED, 1.0, 0, point)
-        before.restore()
-        return LineSearchResult(LineSearchStatus.REJECTED, 0.0, 0, start)
+        """Take the whole step. See :meth:`TRPO._line_search`."""
+        return take_step(step, surrogate.model.parameters, surrogate.evaluate, start, buffers=self.policy.buffers())
 
     def _record_outcomes(self, steps: list[PolicyStep]) -> None:
         self.logger.record("train/is_step_success", share_accepted(steps))

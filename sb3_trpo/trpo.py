@@ -12,7 +12,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv
-from torch import nn
 
 from sb3_trpo import arguments as allowed
 from sb3_trpo.actions import ACTION_BOUNDS
@@ -352,7 +351,7 @@ class TRPO(ResumableAlgorithm):
             self._kl_ratio = updated_kl_ratio(self._kl_ratio, search, self._current_target_kl)
         return search
 
-    def _fit_critic(self, adapter: PolicyAdapter, batch: RolloutBatch, actor: Sequence[nn.Parameter]) -> CriticFit:
+    def _fit_critic(self, adapter: PolicyAdapter, batch: RolloutBatch, actor: Sequence[th.nn.Parameter]) -> CriticFit:
         """Regress the values on the returns, in the parameters that the policy does not depend on."""
         critic = adapter.critic(batch, actor, self._chunk_size)
         batch = scale_returns(critic.batch, self.return_moments) if self.return_scaling else critic.batch

@@ -17,8 +17,6 @@ from support.arguments import effective
 from torch import nn
 
 from sb3_trpo import NPG, TRPO
-from sb3_trpo.optim.line_search import Evaluation, LineSearchResult, LineSearchStatus
-from sb3_trpo.optim.objective import Model
 from sb3_trpo.optim.parameters import flatten
 
 N_STEPS = 64
@@ -196,27 +194,6 @@ def test_a_step_to_nowhere_is_taken_back_bit_for_bit(action: str, size: float) -
     assert (log["train/kl_divergence_loss"], log["train/step_length"], log["train/actual_improvement"]) == (0.0, 0.0, 0.0)
     assert model.last_update.backtracks.last == 0
     assert not same(model.policy.state_dict(), model.state_before)  # the critic
-
-
-@pytest.mark.parametrize(
-    "point", [Evaluation(math.inf, 0.1), Evaluation(math.nan, 0.1), Evaluation(1.0, math.inf), Evaluation(1.0, math.nan)]
-)
-def test_a_step_needs_a_finite_objective_and_kl(point: Evaluation) -> None:
-    class Stub:
-        evaluate = staticmethod(lambda: point)
-
-        def __init__(self, parameters: list[th.Tensor]) -> None:
-            self.model = Model(None, parameters)
-
-    model, start = make(), Evaluation(0.5, 0.0)
-    actor = list(model.policy.action_net.parameters())
-    before = flatten(actor).detach().clone()
-    step = th.ones_like(before)
-    assert model._line_search(Stub(actor), step, start, 1.0) == LineSearchResult(LineSearchStatus.REJECTED, 0.0, 0, start)
-    assert th.equal(flatten(actor), before)
-    point = Evaluation(-7.0, 100.0)
-    assert model._line_search(Stub(actor), step, start, 1.0) == LineSearchResult(LineSearchStatus.ACCEPTED, 1.0, 0, point)
-    assert th.equal(flatten(actor), before + 1.0)
 
 
 def test_a_step_out_of_the_trust_region_and_down_is_taken() -> None:

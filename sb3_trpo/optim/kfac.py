@@ -2,8 +2,8 @@
 
 The Fisher block of a layer with input a and output o = W a + b is E[(ā āᵀ) ⊗ (g gᵀ)], where ā = (a, 1) and g is the
 gradient of log π(a|s), with actions drawn from π, with respect to o. K-FAC takes the factors' means apart,
-F ≈ A ⊗ G with A = E[ā āᵀ] and G = E[g gᵀ] (Martens & Grosse 2015). A convolution sums over positions: A over patches, G
-averaged over the positions (Grosse & Martens 2016). Parameters of other layers get the diagonal.
+F ≈ A ⊗ G with A = E[ā āᵀ] and G = E[g gᵀ] (Martens & Grosse 2015). Parameters of other layers get the diagonal. Networks with
+convolutions have no factors: conjugate gradients converge faster without them (docs/pixels.md).
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch as th
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.optim.distributions import fisher_root, outputs
@@ -37,7 +37,7 @@ class Factors(NamedTuple):
 
 def kfac_layers(module: nn.Module, actor: Sequence[nn.Parameter]) -> list[nn.Module]:
     """
-    The layers whose Fisher block is a Kronecker product: Linear and (ungrouped) Conv2d with all parameters in θ.
+    The layers whose Fisher block is a Kronecker product: Linear ones with all parameters in θ; none beside convolutions.
 
     Subclasses, parametrized, pruned and patched layers compute something else, and have the diagonal instead.
 
@@ -47,6 +47,9 @@ def kfac_layers(module: nn.Module, actor: Sequence[nn.Parameter]) -> list[nn.Mod
     """
     theta = {id(parameter) for parameter in actor}
     holders = Counter(id(parameter) for layer in module.modules() for parameter in layer._parameters.values())
+    convolutions = [layer for layer in module.modules() if isinstance(layer, _ConvNd)]
+    if any(id(parameter) in theta for layer in convolutions for parameter in layer.parameters()):
+        return []
     return [
         layer
         for layer in module.modules()
@@ -55,9 +58,8 @@ def kfac_layers(module: nn.Module, actor: Sequence[nn.Parameter]) -> list[nn.Mod
 
 
 def _has_kronecker_form(layer: nn.Module) -> bool:
-    is_convolution = type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
     return (
-        (type(layer) is nn.Linear or is_convolution)
+        type(layer) is nn.Linear
         and {name for name, parameter in layer._parameters.items() if parameter is not None} <= {"weight", "bias"}
         and "weight" in layer._parameters
         and "forward" not in vars(layer)
@@ -72,14 +74,7 @@ def _parameters(layer: nn.Module) -> list[nn.Parameter]:
 
 def _inputs(call: LayerCall) -> th.Tensor:
     """a of every input and position, shape ``(n, n_positions, n_inputs)``."""
-    layer = call.layer
-    inputs = call.input.to(_factor_dtype(layer))
-    if isinstance(layer, nn.Conv2d):
-        inputs = inputs if inputs.ndim == 4 else inputs.unsqueeze(0)
-        if isinstance(layer.padding, str):
-            inputs = F.pad(inputs, layer._reversed_padding_repeated_twice)
-        padding = 0 if isinstance(layer.padding, str) else layer.padding
-        return F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
+    inputs = call.input.to(_factor_dtype(call.layer))
     inputs = inputs if inputs.ndim > 1 else inputs.unsqueeze(0)
     return inputs.reshape(len(inputs), -1, inputs.shape[-1])
 
@@ -117,9 +112,7 @@ def call_factors(call: LayerCall, gradient: th.Tensor, weights: th.Tensor, A: th
     n_inputs, n_positions, _ = inputs.shape
     n_states = weights.shape[0]
     root = (weights.view(-1, 1, 1) if n_inputs == n_states else weights.mean()).to(inputs.dtype).sqrt()
-    g = gradient.to(inputs.dtype)
-    g = g.flatten(start_dim=-2).transpose(-1, -2) if isinstance(call.layer, nn.Conv2d) else g
-    g = (g.reshape(n_inputs, n_positions, -1) * root).flatten(end_dim=1)
+    g = (gradient.to(inputs.dtype).reshape(n_inputs, n_positions, -1) * root).flatten(end_dim=1)
     G = g.t() @ g
     if A is None:
         rows = _rows(inputs, root, call.layer.bias is not None)
@@ -181,11 +174,9 @@ def pays(objective: RolloutObjective) -> bool:
     """
     Return True if the preconditioner is known for a model, and saves more than it costs.
 
-    With convolutions it does not: conjugate gradients converge faster without it (docs/pixels.md).
-
     :param objective: the model on the rollout
     """
-    return objective.has_closed_form and not any(isinstance(layer, nn.Conv2d) for layer in objective.model.layers)
+    return objective.has_closed_form and bool(objective.model.layers)
 
 
 class KFACPreconditioner:

@@ -193,3 +193,32 @@ def search_along(
     if search.outcome is LineSearchStatus.REJECTED:
         before.restore()
     return search
+
+
+def take_step(
+    step: th.Tensor,
+    parameters: Sequence[th.Tensor],
+    evaluate: Callable[[], Evaluation],
+    start: Evaluation,
+    *,
+    buffers: Iterable[th.Tensor] = (),
+) -> LineSearchResult:
+    """
+    Move parameters by a whole step without a search, unless objective or KL is not finite there.
+
+    :param step: the step, flat; a zero step, or one that is not finite, is skipped
+    :param parameters: θ
+    :param evaluate: objective and KL at the present θ
+    :param start: objective and KL at the θ before
+    :param buffers: tensors that evaluating may change; restored together with θ
+    :return: the point after the step, or ``start``
+    """
+    if not is_step(step):
+        return LineSearchResult(LineSearchStatus.SKIPPED, 0.0, 0, start)
+    before = Snapshot([*parameters, *buffers])
+    assign(parameters, flatten(parameters).detach() + step)
+    point = evaluate()
+    if math.isfinite(point.objective) and math.isfinite(point.kl):
+        return LineSearchResult(LineSearchStatus.ACCEPTED, 1.0, 0, point)
+    before.restore()
+    return LineSearchResult(LineSearchStatus.REJECTED, 0.0, 0, start)

@@ -1,11 +1,10 @@
-"""Kronecker factors against sums over single states and positions, and the preconditioner as a dense matrix."""
+"""Kronecker factors against sums over single states, and the preconditioner as a dense matrix."""
 
 import copy
 import math
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from itertools import product as all_pairs
 
 import pytest
 import torch as th
@@ -130,66 +129,11 @@ def test_factors_of_a_linear_layer(shape, bias):
         assert_same(actual, expected)
 
 
-CONVOLUTIONS = {
-    "plain": {},
-    "stride": {"stride": 2},
-    "padding": {"padding": 1},
-    "dilation": {"dilation": 2},
-    "everything": {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "kernel_size": (3, 2)},
-    "same": {"padding": "same", "kernel_size": (3, 4), "dilation": 2},
-    "valid": {"padding": "valid"},
-    "no_bias": {"bias": False},
-}
-
-
-def convolution(name):
-    return nn.Conv2d(2, 3, **{"kernel_size": 3, **CONVOLUTIONS[name]}).double()
-
-
-def patch(call, state, row, column):
-    """ā at one position of the output, picked from the padded image element by element."""
-    layer = call.layer
-    if layer.padding == "same":
-        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        before = [t // 2 for t in total]
-    else:
-        before = [0, 0] if layer.padding == "valid" else layer.padding
-    values = []
-    for channel, i, j in all_pairs(range(layer.in_channels), *map(range, layer.kernel_size)):
-        y = row * layer.stride[0] + i * layer.dilation[0] - before[0]
-        x = column * layer.stride[1] + j * layer.dilation[1] - before[1]
-        inside = 0 <= y < call.input.shape[2] and 0 <= x < call.input.shape[3]
-        values.append(float(call.input[state, channel, y, x]) if inside else 0.0)
-    return th.tensor(values if layer.bias is None else [*values, 1.0], dtype=DOUBLE)
-
-
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_factors_of_a_convolution(name):
-    call, slope, weights = random_call(convolution(name), batch(2, 2, 6, 7))
-    layer = call.layer
-    n_positions = slope.shape[2] * slope.shape[3]
-    kernel = layer.weight.detach().flatten(start_dim=1)
-    kernel = kernel if layer.bias is None else th.cat([kernel, layer.bias.detach()[:, None]], dim=1)
-    A, G = 0.0, 0.0
-    for state, row, column in all_pairs(*map(range, (2, *slope.shape[2:]))):
-        a, g = patch(call, state, row, column), slope[state, :, row, column]
-        assert_same(kernel @ a, call.output[state, :, row, column])  # the patch is the one that the layer sees
-        A = A + weights[state] * th.outer(a, a)
-        G = G + weights[state] * th.outer(g, g) / n_positions
-    factors = call_factors(call, slope, weights)
-    assert_same(factors.A, A)
-    assert_same(factors.G, G)
-
-
 def test_which_layers_have_factors():
     net = nn.ModuleDict(
         {
             "linear": nn.Linear(3, 3),
             "frozen_bias": nn.Linear(3, 3),
-            "convolution": nn.Conv2d(2, 2, 3),
-            "grouped": nn.Conv2d(2, 2, 3, groups=2),
-            "transposed": nn.ConvTranspose2d(2, 2, 3),
-            "one_dimensional": nn.Conv1d(2, 2, 3),
             "norm": nn.LayerNorm(3),
             "embedding": nn.Embedding(3, 3),
             "no_bias": nn.Linear(3, 3, bias=False),
@@ -197,7 +141,14 @@ def test_which_layers_have_factors():
         }
     )
     actor = [p for name, p in net.named_parameters() if not name.startswith("others") and name != "frozen_bias.bias"]
-    assert kfac_layers(net, actor) == [net["linear"], net["convolution"], net["no_bias"]]
+    assert kfac_layers(net, actor) == [net["linear"], net["no_bias"]]
+
+
+@pytest.mark.parametrize("convolution", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d])
+def test_no_layer_has_factors_beside_a_convolution(convolution):
+    net = nn.ModuleDict({"convolution": convolution(2, 2, 3), "linear": nn.Linear(3, 3)})
+    assert kfac_layers(net, list(net.parameters())) == []
+    assert kfac_layers(net, list(net["linear"].parameters())) == [net["linear"]]
 
 
 # The damped inverses.
@@ -434,11 +385,6 @@ def test_layers_without_effect_have_the_damping_alone():
     assert_same(matrix[3:, :3], th.zeros(n - 3, 3, dtype=DOUBLE))
 
 
-def images(net_output=2):
-    th.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 2, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8, net_output)).double()
-
-
 def with_log_std(net, n_actions):
     policy = WithLogStd(net, n_actions).double()
     return policy, policy.family
@@ -456,7 +402,6 @@ MODELS = {
     "gaussian": (*with_log_std(mlp(3, 4, 2), 2), batch(9, 3)),
     "categorical": (mlp(3, 4, 3), categorical, batch(9, 3)),
     "bernoulli": (mlp(3, 4, 3), bernoulli, batch(9, 3)),
-    "images": (images(), categorical, batch(5, 1, 6, 6)),
     "one_choice": (mlp(3, 4, 1), categorical, batch(9, 3)),
     "one_state": (mlp(3, 4, 2), gaussian, batch(1, 3)),
     "one_state_again_and_again": (mlp(3, 4, 2), gaussian, batch(1, 3).expand(6, 3)),
@@ -687,7 +632,7 @@ def test_layers_in_a_row_and_log_std_have_their_factors_and_row_sums():
     assert_same(by_layers(v), by_graph(v))
 
 
-def test_it_pays_for_networks_without_convolutions_and_families_with_a_closed_form():
+def test_it_pays_for_networks_with_factors_and_families_with_a_closed_form():
     plain, x = mlp(3, 4, 2), batch(5, 3)
     convolutional = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()
     assert pays(forwards(plain, gaussian, x))

@@ -1,6 +1,8 @@
 import math
+from functools import partial
 
 import pytest
+import torch as th
 
 from sb3_trpo.optim.line_search import (
     Evaluation,
@@ -9,6 +11,8 @@ from sb3_trpo.optim.line_search import (
     backtracking_line_search,
     first_fraction,
     max_step_length,
+    search_along,
+    take_step,
     undamped_curvature,
     updated_kl_ratio,
 )
@@ -277,3 +281,37 @@ def test_kl_ratio_stays_bounded(kl):
     for _ in range(100):
         ratio = updated_kl_ratio(ratio, accepted(0.5, kl), TARGET_KL)
     assert 0.5 <= ratio <= 2.0
+
+
+@pytest.mark.parametrize(
+    "point", [Evaluation(math.inf, 0.1), Evaluation(math.nan, 0.1), Evaluation(1.0, math.inf), Evaluation(1.0, math.nan)]
+)
+def test_take_step_undoes_a_step_without_a_finite_objective_and_kl(point):
+    theta, buffer = th.ones(3), th.zeros(2)
+
+    def evaluate():
+        buffer.add_(1.0)
+        return point
+
+    assert take_step(th.ones(3), [theta], evaluate, START, buffers=[buffer]) == refused(LineSearchStatus.REJECTED)
+    assert (theta == 1.0).all()
+    assert not buffer.any()
+
+
+def test_take_step_asks_for_nothing_else():
+    theta, point = th.ones(3), Evaluation(-7.0, 100.0)
+    result = take_step(th.tensor([1.0, 2.0, 3.0]), [theta], lambda: point, START)
+    assert result == LineSearchResult(LineSearchStatus.ACCEPTED, 1.0, 0, point)
+    assert theta.tolist() == [2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("number", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("move", [take_step, partial(search_along, target_kl=TARGET_KL, shrink=0.5, max_iter=5)])
+def test_step_that_leads_nowhere_is_skipped(move, number):
+    theta = th.ones(3)
+    assert move(th.full((3,), number), [theta], lambda: pytest.fail("evaluated"), START) == refused(LineSearchStatus.SKIPPED)
+    assert (theta == 1.0).all()
+
+
+def refused(outcome):
+    return LineSearchResult(outcome, 0.0, 0, START)
