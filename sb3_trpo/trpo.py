@@ -66,8 +66,7 @@ class TRPO(ResumableAlgorithm):
     :param gamma: discount factor, in [0, 1]
     :param cg_max_steps: bound on conjugate gradient iterations
     :param cg_damping: λ, added to the diagonal of the Fisher matrix; 0 for the least that rounding errors allow
-    :param line_search_shrinking_factor: α in (0, 1), shortens a step that does not improve the objective (one that leaves
-        the trust region is shortened to its boundary)
+    :param line_search_shrinking_factor: α in (0, 1), shortens a step inside the trust region that does not improve enough
     :param line_search_max_iter: bound on the points that the line search tries
     :param n_critic_updates: passes of the minibatch critic over the rollout, per update
     :param gae_lambda: λ of generalised advantage estimation, in [0, 1]
@@ -264,6 +263,8 @@ class TRPO(ResumableAlgorithm):
         """Improve the policy inside its trust region, then fit the value function."""
         start_time = time.perf_counter()
         self.policy.set_training_mode(False)  # the mode in which the rollout was collected
+        if self.critic_method == "minibatch":  # nothing else uses the optimizer
+            self._update_learning_rate(self.policy.optimizer)
         adapter, statistics = self.adapter, RunningStatistics(self.policy)
         batch = adapter.read().shard(self._ranks)
         batch = normalize_advantages(batch) if self.normalize_advantage else batch
@@ -365,7 +366,6 @@ class TRPO(ResumableAlgorithm):
                 # Features are not images any more: products on them are cheap.
                 curvature_size=self.curvature_batch_size if critic.has_features else self._curvature_size,
             )
-        self._update_learning_rate(self.policy.optimizer)
         return fit_minibatches(
             critic.values,
             batch,

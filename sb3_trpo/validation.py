@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sb3_trpo.actions import BoundedActionPolicy
+from sb3_trpo.actions import ACTION_OPTIONS, BoundedActionPolicy, check_action_options
 from sb3_trpo.arguments import Rule, check_arguments, shown
 from sb3_trpo.errors import argument_error, warn_user
 from sb3_trpo.saving.sb3_contrib import MINIBATCH_ARGUMENTS
@@ -70,6 +70,9 @@ def check_model(model: "TRPO", rules: Mapping[str, Rule]) -> None:
     model.adapter_class.check_policy(model.policy_class)
     if model.action_bound is not None:
         model.policy_kwargs = with_action_bound(model.policy_class, model.policy_kwargs, model.action_bound)
+    if issubclass(model.policy_class, BoundedActionPolicy):
+        options = {name: model.policy_kwargs.get(name) for name in ACTION_OPTIONS}
+        check_action_options(model.action_space, model.use_sde, options)
 
 
 def check_rollout_size(

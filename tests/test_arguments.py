@@ -4,11 +4,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictRolloutBuffer, ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 
 from sb3_trpo import arguments as validation
 from sb3_trpo.arguments import POSITIVE, Rule, check_arguments, instance_of, one_of, schedule_value, shown, subclass_of
 
+BOXES = (spaces.Box(-1.0, 1.0), spaces.Box(-1.0, 1.0))
 NAN, INF = float("nan"), float("inf")
 NOT_NUMBERS = [None, "1", [1], 1j, th.tensor(1.0), np.array([1.0, 2.0]), int, len]
 
@@ -75,6 +78,10 @@ TABLE = {
     "DEVICE": (
         ["auto", "cpu", th.device("cpu"), "cuda"],
         ["", "gpu", 0, None, "meta", "cpu:-1", *([] if th.cuda.device_count() == 0 else ["cuda:99"])],
+    ),
+    "ROLLOUT_BUFFER_CLASS_OR_NONE": (
+        [None, RolloutBuffer, DictRolloutBuffer],
+        [ReplayBuffer, RolloutBuffer(1, *BOXES), "", 0],
     ),
     "ENVIRONMENT": ([None, "CartPole-v1"], [0, object(), [], dict]),
 }
