@@ -9,6 +9,7 @@ critic's fit in a thread of its own while the next rollout is collected, which n
 """
 
 import peers  # isort: skip  (first: one thread)
+import timing  # isort: skip
 
 import argparse
 import copy
@@ -18,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,10 +30,9 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_trpo import trpo
 from sb3_trpo.adapters.models import actor_parameters
 from sb3_trpo.optim.parameters import Snapshot
-from sb3_trpo.rollouts import actor, fast_step, samplers
+from sb3_trpo.rollouts import actor, fast_step, loop, samplers
 from sb3_trpo.rollouts.buffers import read_rollout
 
 N_STEPS, N_ENVS = 1024, 2
@@ -54,7 +55,7 @@ OURS: list[Patch] = [
     (samplers.NumpyActionSampler, "__call__", "acting"),
     (samplers.NumpyActionSampler, "__init__", "acting"),
     (actor.RolloutActor, "finish", "evaluating"),
-    (trpo, "write_step", "buffer"),
+    (loop, "write_step", "buffer"),
     (CallbackList, "on_step", BOOKS),
     (OnPolicyAlgorithm, "_update_info_buffer", BOOKS),
 ]
@@ -125,14 +126,9 @@ def overlap(task: str, rounds: int) -> dict[str, float]:
         collect()
         thread.join()
 
-    samples: dict[str, list[float]] = defaultdict(list)
-    for number in range(-2, rounds):
-        for name, work in {"collecting": collect, "fitting": fit, "at once": both}.items():
-            started = time.perf_counter()
-            work()
-            if number >= 0:
-                samples[name].append(1e3 * (time.perf_counter() - started))
-    medians = {name: round(statistics.median(values), 1) for name, values in samples.items()}
+    work = {"collecting": collect, "fitting": fit, "at once": both}
+    samples = timing.alternate({name: partial(timing.seconds_of, call) for name, call in work.items()}, rounds, warmup=2)
+    medians = {name: round(1e3 * statistics.median(seconds), 1) for name, seconds in samples.items()}
     return {**medians, "saved": round(medians["collecting"] + medians["fitting"] - medians["at once"], 1)}
 
 

@@ -13,6 +13,8 @@ The model of an update's time with N processes, from the time t of one process w
 T(N) = t + Σₖ (2 ⌈log₂ N⌉ α + 2 (N − 1) / N · sₖ / B), with latency α and bandwidth B of the network.
 """
 
+import timing  # isort: skip  (first: one thread)
+
 import argparse
 import json
 import math
@@ -24,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,13 @@ def run(task: str, n_processes: int, n_envs: int) -> dict[str, Any]:
         return row
 
 
+def told(name: str, make_run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Make a run, and print its speed."""
+    row = make_run()
+    print(f"{name}: {row['steps_per_second']:,.0f} steps/s", flush=True)
+    return row
+
+
 def measure(task: str, repetitions: int) -> dict[str, Any]:
     """Median speeds, and medians of their ratios."""
     env, n_envs = TASKS[task]
@@ -120,11 +130,7 @@ def measure(task: str, repetitions: int) -> dict[str, Any]:
         "apart": lambda: run_apart(env, n_envs),
         "one_with_all": lambda: run(env, 1, 2 * n_envs),
     }
-    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
-    for repetition in range(repetitions):
-        for kind, make_run in kinds.items():
-            runs[kind].append(make_run())
-            print(f"{task} {repetition} {kind}: {runs[kind][-1]['steps_per_second']:,.0f} steps/s", flush=True)
+    runs = timing.alternate({kind: partial(told, f"{task} {kind}", make_run) for kind, make_run in kinds.items()}, repetitions)
 
     def ratio(of: str, to: str) -> dict[str, Any]:
         pairs = zip(runs[of], runs[to], strict=True)

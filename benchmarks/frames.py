@@ -13,22 +13,20 @@ best multiple of x.
 """
 
 import peers  # isort: skip  (first: one thread)
+import timing  # isort: skip
 
 import argparse
 import gc
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import ale_py
 import gymnasium as gym
+import memory
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -121,9 +119,7 @@ class Contender:
             setattr(buffer, name, self.rollout[name].copy())
         buffer.generator_ready, buffer.full, buffer.pos = False, True, buffer.buffer_size
         gc.collect()
-        start = time.process_time()
-        self.model.train()
-        self.seconds.append(time.process_time() - start)
+        self.seconds.append(timing.seconds_of(self.model.train, timing.CLOCKS["cpu"]))
 
     def direction(self) -> th.Tensor:
         """x of our update."""
@@ -174,10 +170,9 @@ def run(args: argparse.Namespace) -> None:
             if args.collect:
                 continue
             contenders = {name: Contender(name, rollout, share) for name in args.contenders}
-            for repetition in range(repeats):
-                for name, contender in contenders.items():
-                    if repetition == 0 or name in ("ours", "PPO"):
-                        contender.update()
+            updates = {name: contender.update for name, contender in contenders.items()}
+            timing.alternate(updates, 1)
+            timing.alternate({name: update for name, update in updates.items() if name in ("ours", "PPO")}, repeats - 1)
             rows: dict[str, Any] = {"train_steps": train_steps}
             if "ours" in contenders:
                 quadratic = Quadratic(contenders["ours"])
@@ -199,12 +194,6 @@ def run(args: argparse.Namespace) -> None:
 # ---- memory
 
 
-def status(field: str) -> float:
-    """A field of this process's status, in MiB."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
-
-
 def print_memory(n_states: int) -> None:
     """In a process of its own: update on random frames, and print the figures as JSON."""
     env = peers.random_env(FRAMES, spaces.Discrete(4), N_ENVS)
@@ -217,19 +206,14 @@ def print_memory(n_states: int) -> None:
         setattr(buffer, name, rng.normal(size=buffer.rewards.shape).astype(np.float32))
     buffer.actions = rng.integers(0, 4, buffer.actions.shape).astype(buffer.actions.dtype)
     buffer.full, buffer.pos = True, buffer.buffer_size
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak to what is held now
-    before = status("VmRSS")
-    model.train()
-    print(json.dumps({"rollout_mib": buffer.observations.nbytes / 2**20, "peak_over_before_mib": status("VmHWM") - before}))
+    found = memory.peak_of(model.train)
+    rollout = buffer.observations.nbytes / 2**20
+    print(json.dumps({"rollout_mib": rollout, "peak_over_before_mib": found["peak_over_before_mib"]}))
 
 
 def run_memory(out: Path | None) -> None:
-    give_back = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
     for n_states in (1024, 4096, 16384):
-        command = [sys.executable, __file__, "--one-memory", str(n_states)]
-        process = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **give_back})
-        found = json.loads(process.stdout)
+        found = memory.in_own_process(__file__, "--one-memory", str(n_states))
         print(n_states, found, flush=True)
         peers.update_json(out, "memory", str(n_states), found)
 

@@ -9,12 +9,12 @@ asks the card for a number and stands still until it comes.
 """
 
 import peers  # isort: skip  (first: one thread)
+import timing  # isort: skip
 
 import argparse
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +62,17 @@ def measure(algorithm: type[OnPolicyAlgorithm], case: Case, n_states: int, devic
     _, callback = model._setup_learn(10**9)
     model.set_logger(Logger(None, []))
     model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)  # type: ignore[arg-type]
-    seconds = []
     on_card = th.device(device).type == "cuda"
-    if on_card:
-        th.cuda.reset_peak_memory_stats()
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
+
+    def update() -> None:
         model.train()
         if on_card:
             th.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    row = {"seconds": statistics.median(seconds[1:]), "first_second": seconds[0]}
+
+    if on_card:
+        th.cuda.reset_peak_memory_stats()
+    first, *seconds = [timing.seconds_of(update) for _ in range(repeats + 1)]
+    row = {"seconds": statistics.median(seconds), "first_second": first}
     if on_card:
         row["peak_mib"] = th.cuda.max_memory_allocated() / 2**20
     if isinstance(model, TRPO):

@@ -13,11 +13,11 @@ rollout and updates, contender after contender; figures are steps over the media
 """
 
 import peers  # isort: skip  (first: one thread)
+import timing  # isort: skip
 
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from sb3_trpo.zoo.tianshou_peer import tianshou_trpo
 
 N_STATES = 2048
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Round(NamedTuple):
@@ -204,13 +203,8 @@ def make_contenders(scenario: Scenario, threads: int, clock: Callable[[], float]
 
 
 def run(scenario: Scenario, rounds: int, threads: int, clock_name: str) -> dict[str, Any]:
-    contenders = make_contenders(scenario, threads, CLOCKS[clock_name])
-    samples: dict[str, list[Round]] = {name: [] for name in contenders}
-    for number in range(-2, rounds):
-        for name, play in contenders.items():
-            played = play()
-            if number >= 0:
-                samples[name].append(played)
+    contenders = make_contenders(scenario, threads, timing.CLOCKS[clock_name])
+    samples = timing.alternate(contenders, rounds, warmup=2)
     rows = {name: _row(played) for name, played in samples.items()}
     return {"scenario": scenario._asdict(), "rounds": rounds, "clock": clock_name, "contenders": rows}
 
@@ -294,7 +288,9 @@ def main() -> None:
     parser.add_argument("--scenario", nargs="+", choices=every, default=list(every), metavar="SCENARIO", help=", ".join(every))
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each, after two for warm-up")
     parser.add_argument("--threads", type=int, default=2, help="threads of EnvPool")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a machine with other work (not for EnvPool)")
+    parser.add_argument(
+        "--clock", choices=timing.CLOCKS, default="wall", help="cpu: on a machine with other work (not for EnvPool)"
+    )
     parser.add_argument("--chart", action="store_true", help="draw the chart of the finished scenarios, and run nothing")
     parser.add_argument("--quick", action="store_true", help="three rounds; writes no file unless --out")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/throughput.json")

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 #: Choices of ``--clock``. CPU seconds are those of this process: use them where other work shares the cores.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
+Name = TypeVar("Name")
 Sample = TypeVar("Sample")
 
 
-def alternate(contenders: Mapping[str, Callable[[], Sample]], rounds: int, warmup: int = 0) -> dict[str, list[Sample]]:
+def alternate(contenders: Mapping[Name, Callable[[], Sample]], rounds: int, warmup: int = 0) -> dict[Name, list[Sample]]:
     """
     Call the contenders in turn, round after round, for times that other work on the machine disturbs alike.
 
@@ -28,13 +29,26 @@ def alternate(contenders: Mapping[str, Callable[[], Sample]], rounds: int, warmu
     :param warmup: rounds before, not kept
     :return: the results of each contender, one per round
     """
-    samples: dict[str, list[Sample]] = {name: [] for name in contenders}
+    samples: dict[Name, list[Sample]] = {name: [] for name in contenders}
     for number in range(-warmup, rounds):
         for name, call in contenders.items():
             sample = call()
             if number >= 0:
                 samples[name].append(sample)
     return samples
+
+
+def seconds_of(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """
+    Time a call.
+
+    :param call: the call
+    :param clock: one of :data:`CLOCKS`
+    :return: its seconds
+    """
+    started = clock()
+    call()
+    return clock() - started
 
 
 def medians(samples: list[dict[str, Any]], digits: int = 3) -> dict[str, float]:

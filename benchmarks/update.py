@@ -13,51 +13,35 @@ by themselves, each measured at its sizes. Memory is the peak of a fresh process
 """
 
 import peers  # isort: skip  (first: one thread)
+import timing  # isort: skip
 
 import argparse
 import copy
-import gc
 import json
-import os
 import statistics
-import subprocess
-import sys
-import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
-from unittest import mock
+from typing import Any, NamedTuple
 
+import memory
 import numpy as np
-import sb3_contrib.trpo.trpo as contrib_module
 import torch as th
 from gymnasium import spaces
+from matrix_products import MatrixProducts
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.vec_env import VecEnv
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import flop_registry
+from update_contenders import BUFFER_ARRAYS, Clock, Contender, Contrib, Ours, Tianshou, Times, copy_rollout
 
-import sb3_trpo.trpo as our_module
 from sb3_trpo.adapters.models import actor_model
 from sb3_trpo.optim.batch import RolloutBatch, normalize_advantages
 from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.fisher import FisherOperator
 from sb3_trpo.optim.objective import Surrogate
 from sb3_trpo.rollouts.buffers import read_rollout
-from sb3_trpo.saving.sb3_contrib import kl_dimensions
-from sb3_trpo.zoo.tianshou_peer import tianshou_trpo
 
 FRAMES = spaces.Box(0, 255, (4, 84, 84), np.uint8)
-BUFFER_ARRAYS = ("observations", "actions", "rewards", "advantages", "returns", "episode_starts", "log_probs", "values")
-
-
-#: ``--clock``; CPU seconds are those of this process alone, which is what counts where other work takes turns on the core.
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-CLOCK = time.perf_counter
 
 
 class Case(NamedTuple):
@@ -95,199 +79,7 @@ CASES = {
 OTHERS = ("frames", "memory", "scaling")
 
 
-class Times(NamedTuple):
-    """Seconds of one update."""
-
-    actor: float
-    critic: float
-
-
-class Contender:
-    """
-    An update that can be repeated.
-
-    :param model: an SB3 algorithm with a full rollout buffer
-    """
-
-    def __init__(self, model: OnPolicyAlgorithm) -> None:
-        self.model = model
-        model.set_logger(Logger(None, []))
-        self._buffer = {name: getattr(model.rollout_buffer, name).copy() for name in BUFFER_ARRAYS}
-        self._start = copy.deepcopy(model.policy.state_dict())
-        # Adam's state is there in every update but the first one.
-        model.train()
-        self._optimizer = copy.deepcopy(model.policy.optimizer.state_dict())
-        self.restore()
-
-    def restore(self) -> None:
-        """Put everything back to before the update."""
-        self.model.policy.load_state_dict(self._start)
-        self.model.policy.optimizer.load_state_dict(copy.deepcopy(self._optimizer))
-        buffer = self.model.rollout_buffer
-        for name, array in self._buffer.items():
-            setattr(buffer, name, array.copy())
-        buffer.generator_ready, buffer.full, buffer.pos = False, True, buffer.buffer_size
-
-    def time(self) -> Times:
-        """Update, and say how long the two parts took."""
-        self.restore()
-        gc.collect()
-        started = CLOCK()
-        turned = self._train()
-        ended = CLOCK()
-        return Times(turned - started, ended - turned)
-
-    def _train(self) -> float:
-        """Update; return the moment at which the critic's turn came."""
-        raise NotImplementedError
-
-    def direction(self) -> tuple[th.Tensor, dict[str, Any]]:
-        """The direction x that the update finds, in terms of the joint KL, and what else is to be told."""
-        raise NotImplementedError
-
-
-class Ours(Contender):
-    def _train(self) -> float:
-        turned: list[float] = []
-        fit = type(self.model)._fit_critic
-
-        def marked(*args: Any) -> Any:
-            turned.append(CLOCK())
-            return fit(self.model, *args)
-
-        with mock.patch.object(self.model, "_fit_critic", marked):
-            self.model.train()
-        return turned[0]
-
-    def direction(self) -> tuple[th.Tensor, dict[str, Any]]:
-        self.restore()
-        solver, solutions = our_module.conjugate_gradient, []
-
-        def solve(*args: Any, **kwargs: Any) -> Any:
-            solutions.append(solver(*args, **kwargs))
-            return solutions[-1]
-
-        with mock.patch.object(our_module, "conjugate_gradient", solve):
-            self.model.train()
-        values = self.model.logger.name_to_value
-        told = {
-            "cg_iterations": solutions[0].iterations,
-            "kl": float(values["train/kl_divergence_loss"]),
-            "objective": float(values["train/policy_objective"]),
-            "value_loss": float(values["train/value_loss"]),
-        }
-        return solutions[0].x, told
-
-
-class Contrib(Contender):
-    def _train(self) -> float:
-        turned: list[float] = []
-        get = self.model.rollout_buffer.get
-
-        def marked(batch_size: int | None = None) -> Any:
-            if batch_size is not None and not turned:
-                turned.append(CLOCK())
-            return get(batch_size)
-
-        with mock.patch.object(self.model.rollout_buffer, "get", marked):
-            self.model.train()
-        return turned[0]
-
-    def direction(self) -> tuple[th.Tensor, dict[str, Any]]:
-        self.restore()
-        solver, products, found = contrib_module.conjugate_gradient_solver, [], []
-
-        def solve(product: Callable[[th.Tensor], th.Tensor], b: th.Tensor, **kwargs: Any) -> th.Tensor:
-            def counted(v: th.Tensor) -> th.Tensor:
-                products.append(1)
-                return product(v)
-
-            found.append(solver(counted, b, **kwargs))
-            return found[-1]
-
-        with mock.patch.object(contrib_module, "conjugate_gradient_solver", solve):
-            self.model.train()
-        # Its Fisher matrix and damping are the joint ones over d, so its direction is d times ours.
-        d = kl_dimensions(self.model.action_space)
-        values = self.model.logger.name_to_value
-        told = {
-            "cg_iterations": len(products) - 1,
-            "kl": float(values["train/kl_divergence_loss"]) * d,
-            "objective": float(values["train/policy_objective"]),
-            "value_loss_mean_over_epochs": float(values["train/value_loss"]),
-        }
-        return found[0] / d, told
-
-
-class Tianshou:
-    """
-    Tianshou's update on the rollout of an SB3 algorithm.
-
-    :param model: algorithm with a full rollout buffer and a policy of two equal networks
-    """
-
-    def __init__(self, model: OnPolicyAlgorithm) -> None:
-        from tianshou.data import Batch
-
-        self.algorithm = tianshou_trpo(model.observation_space, model.action_space)
-        peers.load_into_tianshou(model.policy, self.algorithm)
-        rollout = normalize_advantages(read_rollout(model.rollout_buffer, model.action_space))
-        observations = np.asarray(rollout.inputs)
-        self._batch = Batch(
-            obs=observations,
-            act=rollout.actions,
-            adv=rollout.advantages,
-            returns=rollout.returns,
-            info=np.array([{}] * len(observations)),
-        )
-        with th.no_grad():
-            self._batch.logp_old = self.algorithm.policy(self._batch).dist.log_prob(self._batch.act)
-        self._start = copy.deepcopy(self._state())
-        self._update()
-        self._start["optimizer"] = copy.deepcopy(self.algorithm.optim._optim.state_dict())
-        self.restore()
-
-    def _state(self) -> dict[str, Any]:
-        return {"actor": self.algorithm.policy.state_dict(), "critic": self.algorithm.critic.state_dict()}
-
-    def restore(self) -> None:
-        self.algorithm.policy.load_state_dict(self._start["actor"])
-        self.algorithm.critic.load_state_dict(self._start["critic"])
-        self.algorithm.optim._optim.load_state_dict(copy.deepcopy(self._start["optimizer"]))
-
-    def _update(self) -> None:
-        self.algorithm._update_with_batch(self._batch, batch_size=None, repeat=1)
-
-    def time(self) -> Times:
-        self.restore()
-        gc.collect()
-        turned: list[float] = []
-
-        def mark(*_: Any) -> None:
-            if not turned:
-                turned.append(CLOCK())
-
-        handle = self.algorithm.critic.register_forward_pre_hook(mark)
-        started = CLOCK()
-        self._update()
-        ended = CLOCK()
-        handle.remove()
-        return Times(turned[0] - started, ended - turned[0])
-
-    def direction(self) -> tuple[th.Tensor, dict[str, Any]]:
-        self.restore()
-        solve, found = self.algorithm._conjugate_gradients, []
-
-        def remember(*args: Any, **kwargs: Any) -> th.Tensor:
-            found.append(-solve(*args, **kwargs))  # it descends
-            return -found[-1]
-
-        with mock.patch.object(self.algorithm, "_conjugate_gradients", remember):
-            self._update()
-        return found[0], {"cg_iterations": 10}
-
-
-def prepare(case: Case, quick: bool) -> tuple[Ours, Contender | Tianshou]:
+def prepare(case: Case, quick: bool, clock: Clock) -> tuple[Ours, Contender | Tianshou]:
     """Train, collect one more rollout, and give it to both."""
     env, policy, settings, policy_kwargs = _setting(case)
     action_space = env.action_space
@@ -301,11 +93,11 @@ def prepare(case: Case, quick: bool) -> tuple[Ours, Contender | Tianshou]:
     model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
 
     if case.peer == "tianshou":
-        return Ours(model), Tianshou(model)
+        return Ours(model, clock), Tianshou(model, clock)
     other = peers.contrib(env, policy, **settings, policy_kwargs=policy_kwargs)
     other.policy.load_state_dict(model.policy.state_dict())
     copy_rollout(model, other)
-    return Ours(model), Contrib(other)
+    return Ours(model, clock), Contrib(other, clock)
 
 
 def _setting(case: Case) -> tuple[VecEnv, str, dict[str, Any], dict[str, Any]]:
@@ -313,12 +105,6 @@ def _setting(case: Case) -> tuple[VecEnv, str, dict[str, Any], dict[str, Any]]:
     settings = {**peers.ZOO_TRPO, "n_steps": case.n_steps, **case.settings}
     env = peers.make_env(case.task, case.n_envs, normalize=case.task != "CartPole-v1")
     return env, "MlpPolicy", settings, {"net_arch": list(case.hidden)}
-
-
-def copy_rollout(source: OnPolicyAlgorithm, target: OnPolicyAlgorithm) -> None:
-    for name in BUFFER_ARRAYS:
-        setattr(target.rollout_buffer, name, getattr(source.rollout_buffer, name).copy())
-    target.rollout_buffer.full, target.rollout_buffer.pos = True, target.rollout_buffer.buffer_size
 
 
 class Quadratic:
@@ -357,84 +143,9 @@ class Quadratic:
         return 0.5 * conjugate_gradient(self._fisher, self._gradient, max_iter=1000, rtol=1e-8).curvature
 
 
-class MatrixProducts(TorchDispatchMode):
-    """Counts the matrix products and convolutions of what runs inside, by what they are applied to."""
-
-    OPERATIONS: ClassVar[dict[Any, Any]] = {
-        getattr(th.ops.aten, name).default: getattr(th.ops.aten, counted)
-        for name, counted in [
-            ("mm", "mm"),
-            ("addmm", "addmm"),
-            ("addmm_", "addmm"),
-            ("bmm", "bmm"),
-            ("convolution", "convolution"),
-            ("convolution_backward", "convolution_backward"),
-        ]
-    }
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[Any] = Counter()
-        self.arguments: dict[Any, tuple[Any, Any, dict[str, Any]]] = {}
-        self.operations = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function in self.OPERATIONS:
-            self.operations += flop_registry[self.OPERATIONS[function]](*args, **(kwargs or {}), out_val=result)
-            described = tree_map(_describe, (args, kwargs or {}))
-            key = (function, repr(described))
-            self.calls[key] += 1
-            self.arguments[key] = (function, *described)
-        return result
-
-    def seconds(self) -> float:
-        """Time of all of them by themselves, each the best of several runs on numbers in the same layout."""
-        total = 0.0
-        for key, count in self.calls.items():
-            function, described, options = self.arguments[key]
-            arguments = tree_map(_make, described)
-            options = tree_map(_make, options)
-            best = float("inf")
-            began = CLOCK()
-            for repetition in range(200):
-                started = CLOCK()
-                function(*arguments, **options)
-                best = min(best, CLOCK() - started)
-                if repetition >= 4 and CLOCK() - began > 0.1:
-                    break
-            total += count * best
-        return total
-
-
-class _Described(NamedTuple):
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _Leaf:
-    """Keeps a description from being taken for a tuple of numbers."""
-
-    def __init__(self, described: _Described) -> None:
-        self.described = described
-
-    def __repr__(self) -> str:
-        return repr(self.described)
-
-
-def _describe(value: Any) -> Any:
-    return _Leaf(_Described(tuple(value.shape), value.stride())) if isinstance(value, th.Tensor) else value
-
-
-def _make(value: Any) -> Any:
-    if not isinstance(value, _Leaf):
-        return value
-    return th.empty_strided(value.described.shape, value.described.strides).normal_()
-
-
 def floor(contender: Ours) -> dict[str, float]:
     contender.restore()
-    with MatrixProducts() as products:
+    with MatrixProducts(contender.clock) as products:
         contender.model.train()
     seconds = products.seconds()
     return {
@@ -457,15 +168,10 @@ def milliseconds(samples: list[Times]) -> dict[str, Any]:
     }
 
 
-def run_case(name: str, case: Case, repeats: int, quick: bool) -> dict[str, Any]:
-    own, other = prepare(case, quick)
-    samples: dict[str, list[Times]] = {"ours": [], case.peer: []}
-    for repetition in range(-1, repeats):  # making the contenders has updated each once already
-        for who, contender in (("ours", own), (case.peer, other)):
-            times = contender.time()
-            if repetition >= 0:
-                samples[who].append(times)
-    clock = next(key for key, function in CLOCKS.items() if function is CLOCK)
+def run_case(case: Case, repeats: int, quick: bool, clock: str) -> dict[str, Any]:
+    own, other = prepare(case, quick, timing.CLOCKS[clock])
+    # Making the contenders has updated each once already.
+    samples = timing.alternate({"ours": own.time, case.peer: other.time}, repeats, warmup=1)
     result: dict[str, Any] = {"case": case._asdict(), "repeats": repeats, "clock": clock}
     quadratic = Quadratic(own)
     for who, contender in (("ours", own), (case.peer, other)):
@@ -508,10 +214,6 @@ MEMORY_SHAPES: dict[str, tuple[int, ...] | int] = {"frames": (4, 84, 84), "halfc
 MEMORY_ACTIONS = {"frames": 6, "halfcheetah": 6, "humanoid": 17}
 
 
-#: Makes glibc give freed blocks of a MiB and more back at once, so that the peak is memory in use and not in its store.
-RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
-
-
 def random_model(who: str, shape: str, n_states: int) -> OnPolicyAlgorithm:
     """An algorithm with a full buffer of random numbers."""
     n_envs = 8
@@ -548,24 +250,12 @@ def fill(model: OnPolicyAlgorithm) -> None:
     buffer.full, buffer.pos = True, buffer.buffer_size
 
 
-def status(field: str) -> float:
-    """A field of this process's status, in MiB."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise ValueError(f"{field} is not in /proc/self/status")
-
-
 def print_memory(who: str, shape: str, n_states: int) -> None:
     """In the process of its own: update, and print the figures as JSON."""
     model = random_model(who, shape, n_states)
-    gc.collect()
-    # Writing 5 resets the peak to what is held now.
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = status("VmRSS")
-    model.train()
+    found = memory.peak_of(model.train)
     rollout = sum(getattr(model.rollout_buffer, name).nbytes for name in BUFFER_ARRAYS) / 2**20
-    print(json.dumps({"before_mib": before, "peak_over_before_mib": status("VmHWM") - before, "rollout_mib": rollout}))
+    print(json.dumps({**found, "rollout_mib": rollout}))
 
 
 def run_memory(quick: bool, write: Callable[[str, Any], None]) -> None:
@@ -573,25 +263,21 @@ def run_memory(quick: bool, write: Callable[[str, Any], None]) -> None:
     grid += [(shape, n) for shape in ("halfcheetah", "humanoid") for n in (2048, 4096)]
     print(f"\n{'memory of an update':22}{'states':>8}{'rollout MiB':>13}{'ours MiB':>11}{'sb3-contrib MiB':>17}{'ratio':>8}")
     for shape, n_states in grid:
-        found: dict[str, Any] = {}
-        for who in ("ours", "sb3-contrib"):
-            command = [sys.executable, __file__, "--one-memory", who, shape, str(n_states)]
-            process = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **RETURN_MEMORY})
-            # Killed for want of memory: that is a figure, too.
-            found[who] = json.loads(process.stdout) if process.returncode == 0 else {"failed": process.returncode}
-        own, other = (found[who].get("peak_over_before_mib", float("nan")) for who in ("ours", "sb3-contrib"))
+        whose = ("ours", "sb3-contrib")
+        found = {who: memory.in_own_process(__file__, "--one-memory", who, shape, str(n_states)) for who in whose}
+        own, other = (found[who].get("peak_over_before_mib", float("nan")) for who in whose)
         rollout = found["ours"].get("rollout_mib", float("nan"))
         print(f"{shape:22}{n_states:8}{rollout:13.1f}{own:11.1f}{other:17.1f}{own / other:8.3f}", flush=True)
         write(f"{shape}_{n_states}", found)
 
 
-def run_scaling(repeats: int, quick: bool) -> dict[str, Any]:
+def run_scaling(repeats: int, quick: bool, clock: Clock) -> dict[str, Any]:
     """Our update on ever more states: copies of one rollout, so that the problem stays the same."""
     sizes = [1024 * 2**k for k in range(4 if quick else 6)]
-    own, _ = prepare(CASES["halfcheetah"], quick)
+    own, _ = prepare(CASES["halfcheetah"], quick, clock)
     arrays = {name: array.copy() for name, array in own._buffer.items()}
     rows: dict[int, dict[str, Any]] = {}
-    contenders = {}
+    contenders: dict[int, Ours] = {}
     for size in sizes:
         n_envs = own.model.n_envs
         n_steps = size // n_envs
@@ -603,13 +289,8 @@ def run_scaling(repeats: int, quick: bool) -> dict[str, Any]:
             tiled = np.concatenate([array] * -(-n_steps // len(array)))[:n_steps]
             setattr(model.rollout_buffer, name, tiled.copy())
         model.rollout_buffer.full, model.rollout_buffer.pos = True, n_steps
-        contenders[size] = Ours(model)
-    samples: dict[int, list[Times]] = {size: [] for size in sizes}
-    for repetition in range(-1, repeats):
-        for size, contender in contenders.items():
-            times = contender.time()
-            if repetition >= 0:
-                samples[size].append(times)
+        contenders[size] = Ours(model, clock)
+    samples = timing.alternate({size: contender.time for size, contender in contenders.items()}, repeats, warmup=1)
     for size in sizes:
         rows[size] = {**milliseconds(samples[size]), "cg_iterations": contenders[size].direction()[1]["cg_iterations"]}
     exponents = {
@@ -628,11 +309,10 @@ def print_scaling(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    global CLOCK
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*CASES, *OTHERS]
     parser.add_argument("--case", nargs="+", choices=names, default=names, metavar="CASE", help=", ".join(names))
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a machine with other work")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall", help="cpu: on a machine with other work")
     parser.add_argument("--repeats", type=int, default=9, help="timed repetitions, after two for warm-up")
     parser.add_argument(
         "--quick", action="store_true", help="little training and few repetitions; writes no file unless --out"
@@ -644,14 +324,13 @@ def main() -> None:
         who, shape, n_states = args.one_memory
         print_memory(who, shape, int(n_states))
         return
-    CLOCK = CLOCKS[args.clock]
     out = args.out or (None if args.quick else peers.RESULTS / "update.json")
     repeats = 2 if args.quick else args.repeats
 
     print(f"{'case':16}{'':12}{'actor ms':>10}{'critic ms':>10}{'total ms':>10}{'CG':>5}{'gain':>12}")
     for name, case in CASES.items():
         if name in args.case:
-            result = run_case(name, case, repeats, args.quick)
+            result = run_case(case, repeats, args.quick, args.clock)
             print_case(name, result)
             peers.update_json(out, "cases", name, result)
     if "frames" in args.case and out is not None:  # there is no quick one
@@ -659,7 +338,7 @@ def main() -> None:
 
         frames.run(frames.parse(["--out", str(out.with_name("frames.json"))]))
     if "scaling" in args.case:
-        result = run_scaling(repeats, args.quick)
+        result = run_scaling(repeats, args.quick, timing.CLOCKS[args.clock])
         print_scaling(result)
         peers.update_json(out, "others", "scaling", result)
     if "memory" in args.case:
