@@ -21,7 +21,8 @@ from sb3_trpo.distributed import synchronization
 from sb3_trpo.distributed.moments import merged
 from sb3_trpo.distributed.process_group import SINGLE_PROCESS, ProcessGroup, RankInfo, detect_rank, join
 from sb3_trpo.errors import did_you_mean
-from sb3_trpo.rollouts.checks import EnvOutputCheck, kept_statistics, warn_of_half_precision
+from sb3_trpo.rollouts.checks import EnvOutputCheck, kept_statistics
+from sb3_trpo.rollouts.half_precision import widen_moments
 from sb3_trpo.saving import checkpoint, loading
 from sb3_trpo.saving.random_streams import CallbackStream, isolated
 from sb3_trpo.saving.signals import release_signals
@@ -323,10 +324,11 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         if self._ranks.rank > 0:
             callback, progress_bar = synchronization.kept_callbacks(callback), False
             self.set_logger(Logger(folder=None, output_formats=[]))
+        if self.env is not None:
+            widen_moments(self.env)
         with merged(synchronization.running_moments_of(self.env), self._ranks), kept_statistics(self.env):
             result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
             if self.env is not None:
-                warn_of_half_precision(self.env)
                 EnvOutputCheck(self.env, self.num_timesteps, self.check_observations).check_start(self._last_obs)
         self._start_counting(reset_num_timesteps)
         return result

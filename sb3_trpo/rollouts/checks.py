@@ -6,12 +6,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
-from sb3_trpo.errors import NonFiniteError, warn_user
+from sb3_trpo.errors import NonFiniteError
 from sb3_trpo.rollouts.collect import Truncation
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -179,22 +178,3 @@ def kept_statistics(env: VecEnv | None) -> Iterator[None]:
         if normalizer is not None:
             vars(normalizer).update(before)
         raise
-
-
-def warn_of_half_precision(env: VecEnv) -> None:
-    """
-    Warn if ``VecNormalize`` normalizes float16 observations: SB3 computes their moments in float16.
-
-    :param env: the vectorized environment
-    """
-    normalizer = unwrap_vec_normalize(env)
-    if normalizer is None or not normalizer.norm_obs:
-        return
-    space = normalizer.observation_space
-    parts = space.spaces if isinstance(space, spaces.Dict) else {"observations": space}
-    keys = parts if normalizer.norm_obs_keys is None else normalizer.norm_obs_keys
-    if any(parts[key].dtype == np.float16 for key in keys):
-        warn_user(
-            "VecNormalize computes mean and variance of float16 observations in float16, far from exactly: convert them to "
-            "float32 before, for example with gymnasium.wrappers.DtypeObservation"
-        )

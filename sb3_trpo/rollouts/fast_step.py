@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
 from sb3_trpo.optim.plain import are_original, has_patched_methods, remember
+from sb3_trpo.rollouts.half_precision import WideRunningMeanStd
 
 Observations = np.ndarray | dict[str, np.ndarray]
 
@@ -26,7 +27,8 @@ Observations = np.ndarray | dict[str, np.ndarray]
 IMMUTABLE = {bool, int, float, complex, str, bytes, type(None), np.bool_, np.int32, np.int64, np.float32, np.float64}
 SUMMED_AS_THEY_ARE = (np.float64, np.float32)
 
-remember(DummyVecEnv, VecNormalize, RunningMeanStd)
+remember(DummyVecEnv, VecNormalize, RunningMeanStd, WideRunningMeanStd)
+USUAL_MOMENTS = (RunningMeanStd, WideRunningMeanStd)
 
 
 def fast_step_fn(env: VecEnv) -> Callable[[np.ndarray], VecEnvStepReturn]:
@@ -78,7 +80,7 @@ def _lean_wait(layer: VecEnv) -> Callable[[], VecEnvStepReturn] | None:
 
 def _has_usual_moments(layer: VecNormalize) -> bool:
     moments = [layer.ret_rms, layer.obs_rms] if layer.norm_obs else [layer.ret_rms]
-    return all(type(each) is RunningMeanStd and not has_patched_methods(each) for each in moments)
+    return all(type(each) in USUAL_MOMENTS and are_original(type(each)) and not has_patched_methods(each) for each in moments)
 
 
 def step_dummy(env: DummyVecEnv) -> VecEnvStepReturn:
@@ -157,7 +159,7 @@ def step_normalize(env: VecNormalize, step_inside: Callable[[], VecEnvStepReturn
 
 def update_moments(moments: RunningMeanStd, batch: np.ndarray) -> None:
     """
-    Add a batch to running moments, bit for bit as ``RunningMeanStd.update``.
+    Add a batch to running moments, bit for bit as their own ``update``.
 
     :param moments: the running mean and variance
     :param batch: the batch, shape ``(n_envs, ...)``

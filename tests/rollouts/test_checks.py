@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from support.arguments import effective
 from torch import nn
 
 from sb3_trpo import TRPO, NonFiniteError
-from sb3_trpo.rollouts.checks import is_finite, warn_of_half_precision
+from sb3_trpo.rollouts.checks import is_finite
 
 N_STEPS, N_ENVS = 16, 2
 BOX = spaces.Box(-1.0, 1.0, (3,))
@@ -385,15 +384,3 @@ def test_a_rejected_step_leaves_the_policy_as_it_was(monkeypatch: pytest.MonkeyP
     log = model.logger.name_to_value
     assert (log["train/line_search"], log["train/is_line_search_success"]) == ("rejected", 0)
     assert log["train/kl_divergence_loss"] == log["train/actual_improvement"] == log["train/step_length"] == 0
-
-
-@pytest.mark.filterwarnings("ignore:.*precision lowered by casting")
-def test_float16_observations_under_vec_normalize_are_warned_of() -> None:
-    env = gym.wrappers.DtypeObservation(gym.make("CartPole-v1"), np.float16)
-    vec_env = VecNormalize(DummyVecEnv([lambda: env]))
-    with pytest.warns(UserWarning, match="float16"):
-        warn_of_half_precision(vec_env)
-    vec_env.norm_obs = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_half_precision(vec_env)

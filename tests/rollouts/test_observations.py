@@ -123,7 +123,6 @@ def test_check_observations_is_a_truth_value(value):
         make(0.5, check_observations=value)
 
 
-@pytest.mark.filterwarnings("ignore:VecNormalize computes mean")
 @pytest.mark.parametrize("dtype", [np.float16, np.uint8])
 def test_normalized_observations_are_stored_as_they_were_acted_on(dtype):
     """SB3 stores them in the type of the space, which would leave 0 and 1 of them for integers."""
