@@ -1,6 +1,5 @@
 """Checks of constructor arguments against one another; :mod:`sb3_trpo.arguments` has the rules of single ones."""
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -47,10 +46,9 @@ def check_rollout_size(
         if value is not None and value > n_states:
             raise ValueError(f"{name}={value} is not allowed: it must be at most the rollout's {words}")
     if critic_batch_size is not None and n_states % critic_batch_size > 0:
-        warnings.warn(
+        warn_user(
             f"batch_size={critic_batch_size} does not divide the rollout's {words}: "
-            f"the last minibatch of each pass has {n_states % critic_batch_size}",
-            stacklevel=4,
+            f"the last minibatch of each pass has {n_states % critic_batch_size}"
         )
 
 
