@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
+# Files that a source distribution must have, one of each folder.
+IN_SDIST := constraints.txt docs/index.md tests/conftest.py benchmarks/README.md examples/demo.py zoo_hyperparams/trpo.yml
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -45,13 +48,15 @@ types: $(VENV)/.installed-dev ## check types
 docs: $(VENV)/.installed-docs ## build the documentation in docs/_build; warnings are errors
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build
 
-package: $(VENV)/.installed-package ## build sdist and wheel, check them, import the wheel in an empty environment
+package: export OMP_NUM_THREADS := 1
+package: $(VENV)/.installed-package ## build sdist and wheel, check them, try the wheel in an empty environment
 	rm -rf dist
 	$(BIN)/python -m build --quiet
 	$(BIN)/python -m twine check --strict dist/*
+	for file in $(IN_SDIST); do tar -tzf dist/*.tar.gz | grep "/$$file$$" || exit 1; done
 	$(PYTHON) -m venv dist/env
 	dist/env/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) dist/*.whl
-	cd dist && env/bin/python -c "from sb3_trpo import TRPO; TRPO('MlpPolicy', 'CartPole-v1', n_steps=64).learn(64)"
+	cd dist && env/bin/python -c "from sb3_trpo import TRPO; TRPO('MlpPolicy', 'CartPole-v1', n_steps=64).learn(64).save('model'); TRPO.load('model')"
 	cd dist && env/bin/sb3_trpo --version
 
 format: $(VENV)/.installed-dev ## format the code, and fix what ruff can fix

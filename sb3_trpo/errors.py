@@ -7,7 +7,8 @@ import sys
 import warnings
 from collections.abc import Iterable
 
-PACKAGES = ("sb3_trpo", "stable_baselines3", "sb3_contrib")
+#: Packages whose frames are not the user's code, with those of decorators.
+PACKAGES = ("sb3_trpo", "stable_baselines3", "sb3_contrib", "torch", "contextlib")
 
 Source = str | pathlib.Path | io.BufferedIOBase
 

@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo.adapters.base import PolicyAdapter
 from sb3_trpo.adapters.maskable import MaskableAdapter
+from sb3_trpo.threads import training_threads
 from sb3_trpo.trpo import TRPO
 
 SelfMaskableTRPO = TypeVar("SelfMaskableTRPO", bound="MaskableTRPO")
@@ -131,7 +132,7 @@ class MaskableTRPO(TRPO):
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        Choose an action, or one for each environment.
+        Choose an action, or one for each environment; with the number of torch threads that ``learn`` uses.
 
         :param observation: observations
         :param state: not used; handed back
@@ -140,7 +141,8 @@ class MaskableTRPO(TRPO):
         :param action_masks: which actions are valid; None for all
         :return: actions, and ``state``
         """
-        return self.policy.predict(observation, state, episode_start, deterministic, action_masks=action_masks)
+        with training_threads(self.policy):
+            return self.policy.predict(observation, state, episode_start, deterministic, action_masks=action_masks)
 
     def learn(  # type: ignore[override] # the order of arguments is that of MaskablePPO
         self: SelfMaskableTRPO,

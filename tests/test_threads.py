@@ -5,7 +5,7 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_trpo import TRPO, threads
+from sb3_trpo import NPG, TRPO, MaskableTRPO, RecurrentTRPO, threads
 from sb3_trpo.threads import choose_threads, default_threads, training_threads
 
 MLP = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2))
@@ -62,9 +62,13 @@ def test_training_threads_is_reentrant() -> None:
     assert th.get_num_threads() == 3
 
 
-def test_predict_uses_the_threads_of_training() -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "policy"),
+    [(TRPO, "MlpPolicy"), (NPG, "MlpPolicy"), (RecurrentTRPO, "MlpLstmPolicy"), (MaskableTRPO, "MlpPolicy")],
+)
+def test_predict_uses_the_threads_of_training(algorithm: type[TRPO], policy: str) -> None:
     seen: list[int] = []
-    model = TRPO("MlpPolicy", "CartPole-v1", n_steps=8, device="cpu")
+    model = algorithm(policy, "CartPole-v1", n_steps=8, device="cpu")
     model.policy.action_net.register_forward_hook(lambda *_: seen.append(th.get_num_threads()))
     model.predict(np.zeros(4, np.float32))
     assert seen == [1]

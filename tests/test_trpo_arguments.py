@@ -305,6 +305,15 @@ def test_arguments_without_effect_are_named_in_load(tmp_path: Path) -> None:
     assert len(warnings_of(lambda: TRPO.load(tmp_path / "model", device="cpu", learning_rate=0.1))) == 1
 
 
+@pytest.mark.parametrize("env", [None, "CartPole-v1"])
+def test_batch_size_that_does_not_divide_is_named_once(env: str | None, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="batch_size=3 does not divide") as made:
+        TRPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=3, critic_method="minibatch").save(tmp_path / "model")
+    with pytest.warns(UserWarning, match="batch_size=3 does not divide") as loaded:
+        TRPO.load(tmp_path / "model", env=env)
+    assert [warning.filename for warning in (*made, *loaded)] == [__file__] * 2
+
+
 def test_learning_rate_is_logged_where_it_is_used() -> None:
     for critic_method in ("gauss_newton", "minibatch"):
         arguments = {} if critic_method == "gauss_newton" else {"learning_rate": 0.5, "batch_size": 8}

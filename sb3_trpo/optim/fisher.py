@@ -6,11 +6,11 @@ SB3's distributions. For any other family the Hessian of the KL is taken by diff
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch as th
 
+from sb3_trpo.errors import warn_user
 from sb3_trpo.optim.batch import RolloutBatch
 from sb3_trpo.optim.conjugate_gradient import LinearMap
 from sb3_trpo.optim.distributions import fisher_metric, has_closed_form, joint_kl, outputs
@@ -168,11 +168,16 @@ class GGNProduct:
                 if self._objective.is_twice_differentiable:
                     return reverse, self._vjp(self._metric(reverse(v)))
                 product, asymmetry = self._checked(v, reverse)
-                # In half precision neither is accurate: the better one serves.
-                if asymmetry < SYMMETRY_TOLERANCE or asymmetry <= self._checked(v, by_differences)[1]:
+                if asymmetry < SYMMETRY_TOLERANCE:
                     self._objective.is_twice_differentiable = True
                     return reverse, product
-                reason = "the backward pass of an operation has no graph"
+                _, other = self._checked(v, by_differences)
+                if math.isnan(other):  # products are not finite either way, which proves nothing about derivatives
+                    return reverse, product
+                if asymmetry <= other:  # in half precision neither is accurate: the better one serves
+                    self._objective.is_twice_differentiable = True
+                    return reverse, product
+                reason = "the second derivative is not finite" if math.isnan(asymmetry) else "a backward pass has no graph"
             except RuntimeError as error:
                 reason = derivative_error(error)
             self._objective.is_twice_differentiable = False
@@ -329,8 +334,7 @@ def warn_of_differences(reason: str) -> None:
 
     :param reason: what cannot be differentiated
     """
-    warnings.warn(
+    warn_user(
         f"the policy or value network cannot be differentiated twice ({reason}): "
-        "products with its Fisher matrix are computed by finite differences",
-        stacklevel=2,
+        "products with its Fisher matrix are computed by finite differences"
     )

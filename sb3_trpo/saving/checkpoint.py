@@ -24,6 +24,7 @@ from sb3_trpo.errors import (
     UsageError,
     WorkerError,
     name_of,
+    warn_user,
 )
 from sb3_trpo.saving.archive import METADATA, Archive, read_bytes
 from sb3_trpo.saving.atomic import atomic_write
@@ -111,7 +112,7 @@ def _destination(path: pathlib.Path) -> pathlib.Path:
     if path.suffix == "":
         path = path.with_name(f"{path.name}.zip")
     if path.is_dir():
-        warnings.warn(f"{path} is a folder: saved as {path}_2 instead", stacklevel=4)
+        warn_user(f"{path} is a folder: saved as {path}_2 instead")
         path = path.with_name(f"{path.name}_2")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
@@ -270,10 +271,9 @@ def _restore_rank(
         return
     _restore_counters(model, states[0])
     model._last_obs = None
-    warnings.warn(
+    warn_user(
         f"the checkpoint of {len(states)} processes is resumed in {place.size}: parameters and statistics are restored, "
-        "environments start new episodes, and random generators new sequences",
-        stacklevel=4,
+        "environments start new episodes, and random generators new sequences"
     )
     if model.seed is not None:
         model.set_random_seed(model.seed + model.num_timesteps)
@@ -307,10 +307,7 @@ def restore_state(model: "ResumableAlgorithm", state: dict[str, Any], trust: boo
         restore_wrappers(model.env, state["wrappers"], trust)
     if state["envs"] is None:
         model._last_obs = None
-        warnings.warn(
-            f"the environments start new episodes, because their state could not be captured: {state['reason']}",
-            stacklevel=5,
-        )
+        warn_user(f"the environments start new episodes, because their state could not be captured: {state['reason']}")
     else:
         restore_all(model.env, state["envs"], trust)
     model._callback_stream.reset(state.get("callbacks_random"))

@@ -13,7 +13,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 from torch.overrides import TorchFunctionMode
 
-from sb3_trpo.errors import CorruptCheckpointError, UntrustedFileError, short
+from sb3_trpo.errors import CorruptCheckpointError, UntrustedFileError, short, warn_user
 from sb3_trpo.saving.attribute_rules import allowed_attributes, is_plain_name, is_users_data
 from sb3_trpo.saving.model_file import ModelFile
 
@@ -98,16 +98,14 @@ def _own_values(model: OnPolicyAlgorithm, file: ModelFile) -> dict[str, Any]:
             else:
                 unknown.append(name[:50])
         elif value is not None and model.env is not None:
-            warnings.warn(
-                f"the log goes nowhere: tensorboard_log={short(value)} of the file is not used, since a file may not say "
-                "where to write; tensorboard_log=... says it, and trust=True uses the file's",
-                stacklevel=5,
+            warn_user(
+                f"tensorboard_log={short(value)} in the file is not used, because a file may not choose where to write: pass "
+                "tensorboard_log=... to log there, or trust=True to use the file's"
             )
     if unknown:
-        warnings.warn(
-            f"{type(model).__name__} has no attributes {unknown[:10]}, which the file has, and they are not plain data under "
-            "public names: they are left out; trust=True sets them",
-            stacklevel=5,
+        warn_user(
+            f"the attributes {unknown[:10]} in the file are left out, because {type(model).__name__} does not have them and "
+            "they are not plain data under public names; trust=True sets them"
         )
     return values
 
@@ -164,7 +162,7 @@ def _complete_parameters(file: ModelFile, policy_kwargs: dict[str, Any]) -> None
     extractor = {str(name): tensor for name, tensor in saved.items() if str(name).startswith("features_extractor.")}
     names = {f"{user}_{name}": tensor for user in ("pi", "vf") for name, tensor in extractor.items()}
     if not names.keys() <= saved.keys():
-        warnings.warn("the policy was saved by SB3 < 1.7: save the model again to have it in the present format", stacklevel=5)
+        warn_user("the policy was saved by SB3 < 1.7: save the model again to convert it to the current format")
         file.parameters["policy"] = {**names, **saved}
 
 
@@ -184,7 +182,9 @@ def _check_networks(cls: Any, file: ModelFile, values: dict[str, Any]) -> None:
     probe = cls(policy=values["policy_class"], env=None, device="cpu", _init_setup_model=False)
     vars(probe).update({**values, "verbose": 0})
     try:
-        with th.device("meta"), _StayOnMeta(MAX_CALLS + MAX_CALLS_PER_PARAMETER * len(saved)):
+        # The model itself warns, later.
+        with warnings.catch_warnings(), th.device("meta"), _StayOnMeta(MAX_CALLS + MAX_CALLS_PER_PARAMETER * len(saved)):
+            warnings.simplefilter("ignore")
             probe._setup_model()
     except Exception:
         if file.given & {"policy_class", "policy_kwargs", "rollout_buffer_class"}:

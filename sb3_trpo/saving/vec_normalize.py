@@ -3,14 +3,13 @@
 import io
 import json
 import pickle
-import warnings
 from typing import Any
 
 import numpy as np
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_trpo.errors import CorruptCheckpointError, Source, UntrustedFileError, short
+from sb3_trpo.errors import CorruptCheckpointError, Source, UntrustedFileError, short, warn_user
 from sb3_trpo.saving.archive import METADATA, Archive, read_bytes
 from sb3_trpo.saving.atomic import atomic_write
 from sb3_trpo.saving.unpickling import RefusedError, restricted_loads
@@ -129,10 +128,9 @@ def warn_of_mismatch(saved: dict[str, np.ndarray] | None, env: VecEnv | None, no
         if saved.keys() == present.keys() and all(np.array_equal(saved[name], present[name]) for name in saved):
             return
         difference = "the statistics of the environment's VecNormalize are not those that were saved with the model"
-    warnings.warn(
+    warn_user(
         f"{difference}: it will act differently. sb3_trpo.load_vec_normalize(path, env) wraps an environment "
-        "with the statistics in a model's file",
-        stacklevel=3,
+        "with the statistics in a model's file"
     )
 
 

@@ -113,7 +113,7 @@ def quiet_loading(arguments: list[str]) -> list[str]:
     :param arguments: the command's arguments
     :return: the arguments
     """
-    for message in (r"no effect with critic_method='gauss_newton': learning_rate$", "the log goes nowhere"):
+    for message in (r"no effect with critic_method='gauss_newton': learning_rate$", "tensorboard_log=.* is not used"):
         warnings.filterwarnings("ignore", message, UserWarning)
     return arguments
 

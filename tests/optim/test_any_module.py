@@ -368,6 +368,16 @@ def test_operation_without_second_derivative_is_named_once(extractor):
     assert "finite differences" in message
 
 
+@pytest.mark.parametrize("extractor", [Other, BackwardInNumpy])
+def test_products_that_are_not_finite_say_nothing_about_derivatives(extractor):
+    _, actor, surrogate = build(extractor)
+    objective = surrogate(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FisherOperator(objective, 0.0)(th.full_like(flatten(actor), 1e38))
+    assert objective.is_twice_differentiable is None
+
+
 @pytest.mark.parametrize("extractor", [HardSigmoid, BackwardInNumpy])
 def test_differences_leave_parameters_and_graphs_as_they_were(extractor):
     policy, actor, surrogate = build(extractor)

@@ -295,7 +295,6 @@ def test_odd_spaces_and_the_shortest_rollouts_stay_finite(observation_space: spa
     assert all(bool(th.isfinite(tensor).all()) for tensor in tensors(model))
 
 
-@pytest.mark.filterwarnings("ignore:the policy or value network cannot be differentiated twice")  # products are not finite
 @pytest.mark.parametrize("log_std", [-60.0, -20.0, 50.0])
 @pytest.mark.parametrize("use_sde", [False, True])
 def test_an_extreme_deviation_leaves_finite_parameters_or_a_clear_error(log_std: float, use_sde: bool) -> None:
