@@ -79,12 +79,12 @@ def sb3_contender(model: OnPolicyAlgorithm, clock: Callable[[], float]) -> Conte
     return play
 
 
-def sbx_contender(env: VecEnv, n_steps: int, clock: Callable[[], float]) -> Contender:
-    """SBX's PPO with its default settings, but for the length of a rollout."""
+def sbx_contender(env: VecEnv, n_steps: int, clock: Callable[[], float], batch_size: int = 64) -> Contender:
+    """SBX's PPO with its default settings, but for the length of a rollout and perhaps the size of a minibatch."""
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
     from sbx import PPO
 
-    return sb3_contender(PPO("MlpPolicy", env, n_steps=n_steps, seed=0), clock)
+    return sb3_contender(PPO("MlpPolicy", env, n_steps=n_steps, batch_size=batch_size, seed=0), clock)
 
 
 def tianshou_contender(task: str, clock: Callable[[], float]) -> Contender:

@@ -94,6 +94,7 @@ def make_libraries(task: str, cleanrl: Path | None, clock: Callable[[], float]) 
     makers: dict[str, Callable[[], Contender]] = {
         **{f"sb3_trpo × {n_envs}": partial(ours, n_envs) for n_envs in (8, 2, 1)},
         "SBX PPO × 8": lambda: sbx_contender(peers.make_env(task, 8), N_STATES // 8, clock),
+        "SBX PPO × 8, batch_size=256": lambda: sbx_contender(peers.make_env(task, 8), N_STATES // 8, clock, 256),
         "SBX PPO × 1": lambda: sbx_contender(peers.make_env(task, 1), N_STATES, clock),
         "Tianshou TRPO × 16": lambda: tianshou_contender(task, clock),
         "skrl TRPO × 8": lambda: skrl_contender(task, 8, N_STATES // 8, clock),
@@ -153,7 +154,7 @@ def run(scenario: Scenario, rounds: int, threads: int, clock_name: str, cleanrl:
         contenders = make_libraries(scenario.task, cleanrl, CLOCKS[clock_name])
     else:
         contenders = make_contenders(scenario, threads, CLOCKS[clock_name])
-    samples = alternate(contenders, rounds, warmup=2)
+    samples = alternate(contenders, rounds, warmup=1 if scenario.kind == "libraries" else 2)
     rows = {name: _row(played) for name, played in samples.items()}
     return {"scenario": scenario._asdict(), "rounds": rounds, "clock": clock_name, "contenders": rows}
 
