@@ -1,8 +1,12 @@
 """
-Where the time of one collected step goes, in sb3-contrib's TRPO and in ours; and whether fitting the critic while acting pays.
+What collecting costs beyond the environments, and where the time of a collected step goes.
 
-    python benchmarks/collecting.py            # both tables
-    python benchmarks/collecting.py --quick    # does it run? Writes no file
+    python benchmarks/collecting.py                     # all tables
+    python benchmarks/collecting.py --table over_bare   # one of them
+    python benchmarks/collecting.py --quick             # does it run? Writes no file
+
+The table over_bare has the CPU time of ``collect_rollouts`` over that of stepping as many bare environments by random
+actions, in alternation; the table parts is beside sb3-contrib's TRPO.
 
 Parts are timed by a clock around the functions that do them; a part inside another is taken out of it. The overlap runs the
 critic's fit in a thread of its own while the next rollout is collected, which needs a second core to pay at all.
@@ -13,6 +17,7 @@ import timing  # isort: skip
 
 import argparse
 import copy
+import itertools
 import statistics
 import threading
 import time
@@ -24,6 +29,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from contenders import bare_contender
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -36,6 +42,8 @@ from sb3_trpo.rollouts import actor, fast_step, loop, samplers
 from sb3_trpo.rollouts.buffers import read_rollout
 
 N_STEPS, N_ENVS = 1024, 2
+N_STATES = 2048
+TABLES = ("over_bare", "parts", "overlap")
 BOOKS = "callbacks, episode statistics"
 PARTS = ["environments", "vectorising", "normalising", "acting", "evaluating", "buffer", BOOKS, "rest"]
 Patch = tuple[Any, str, str]
@@ -100,6 +108,29 @@ def profile(model: OnPolicyAlgorithm, patches: list[Patch], rounds: int) -> dict
     return {part: round(statistics.median(values), 1) for part, values in samples.items()}
 
 
+def over_bare(task: str, n_envs: int, normalize: bool, rounds: int) -> dict[str, Any]:
+    """CPU seconds of collecting a rollout of 2,048 steps, of the bare environments, and their ratios in each round."""
+    env = peers.make_env(task, n_envs, normalize=normalize)
+    model = peers.ours(env, **peers.as_ours({**peers.ZOO_TRPO, "n_steps": N_STATES // n_envs}, env.action_space))
+    callback = peers.begin(model)
+    bare = bare_contender(peers.make_env(task, n_envs), N_STATES, time.process_time)
+
+    def collect() -> float:
+        started = time.process_time()
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+        return time.process_time() - started
+
+    seconds = timing.alternate({"collecting": collect, "bare": lambda: bare().total}, rounds, warmup=2)
+    ratios = [collected / stepped for collected, stepped in zip(*seconds.values(), strict=True)]
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "extra_microseconds_per_step": round(
+            1e6 * (statistics.median(seconds["collecting"]) - statistics.median(seconds["bare"])) / N_STATES, 1
+        ),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+    }
+
+
 def overlap(task: str, rounds: int) -> dict[str, float]:
     """Milliseconds of collecting, of the critic's fit, of one after the other and of both at once: medians."""
     env = peers.make_env(task, N_ENVS)
@@ -135,29 +166,43 @@ def overlap(task: str, rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="timed rollouts of each, after warm-up")
+    parser.add_argument("--table", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--quick", action="store_true", help="two rounds; writes no file unless --out")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/collecting.json")
     args = parser.parse_args()
     out = args.out or (None if args.quick else peers.RESULTS / "collecting.json")
     rounds = 2 if args.quick else args.rounds
 
-    for task in ("HalfCheetah-v5", "CartPole-v1"):
-        for normalize in (False, True):
-            settings = {**peers.ZOO_TRPO, "n_steps": N_STEPS}
-            models = [
-                make(peers.make_env(task, N_ENVS, normalize=normalize), **settings) for make in (peers.contrib, peers.ours)
-            ]
-            columns = [profile(model, patches, rounds) for model, patches in zip(models, (PEER, OURS), strict=True)]
-            name = f"{task}{', VecNormalize' if normalize else ''}"
-            print(f"\n{name}: µs in a step of {N_ENVS} environments{'sb3-contrib':>20}{'sb3_trpo':>12}")
-            for part in PARTS:
-                print(f"  {part:60}{columns[0][part]:10.1f}{columns[1][part]:12.1f}")
-            print(f"  {'sum':60}{sum(columns[0].values()):10.1f}{sum(columns[1].values()):12.1f}", flush=True)
-            peers.update_json(out, "microseconds", name, dict(zip(("sb3-contrib", "sb3_trpo"), columns, strict=True)))
-    for task in ("HalfCheetah-v5", "CartPole-v1"):
+    if "over_bare" in args.table:
+        print_over_bare(rounds, out)
+    if "parts" in args.table:
+        print_parts(rounds, out)
+    for task in ("HalfCheetah-v5", "CartPole-v1") if "overlap" in args.table else ():
         figures = overlap(task, rounds)
         print(f"\n{task}, ms: " + ", ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
         peers.update_json(out, "critic_while_acting", task, figures)
+
+
+def print_over_bare(rounds: int, out: Path | None) -> None:
+    for task, n_envs, normalize in itertools.product(("HalfCheetah-v5", "Humanoid-v5"), (1, 2, 8), (False, True)):
+        result = over_bare(task, n_envs, normalize, rounds)
+        name = f"{task} x {n_envs}{', VecNormalize' if normalize else ''}"
+        extra = result["extra_microseconds_per_step"]
+        print(f"{name:40}{result['ratio']:8.2f} x bare stepping, {extra:6.1f} µs a step more", flush=True)
+        peers.update_json(out, "over_bare", name, result)
+
+
+def print_parts(rounds: int, out: Path | None) -> None:
+    for task, normalize in itertools.product(("HalfCheetah-v5", "CartPole-v1"), (False, True)):
+        settings = {**peers.ZOO_TRPO, "n_steps": N_STEPS}
+        models = [make(peers.make_env(task, N_ENVS, normalize=normalize), **settings) for make in (peers.contrib, peers.ours)]
+        columns = [profile(model, patches, rounds) for model, patches in zip(models, (PEER, OURS), strict=True)]
+        name = f"{task}{', VecNormalize' if normalize else ''}"
+        print(f"\n{name}: µs in a step of {N_ENVS} environments{'sb3-contrib':>20}{'sb3_trpo':>12}")
+        for part in PARTS:
+            print(f"  {part:60}{columns[0][part]:10.1f}{columns[1][part]:12.1f}")
+        print(f"  {'sum':60}{sum(columns[0].values()):10.1f}{sum(columns[1].values()):12.1f}", flush=True)
+        peers.update_json(out, "microseconds", name, dict(zip(("sb3-contrib", "sb3_trpo"), columns, strict=True)))
 
 
 if __name__ == "__main__":

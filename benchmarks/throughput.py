@@ -1,15 +1,20 @@
 """
-How many steps a second: ours, sb3-contrib's TRPO, SB3's PPO and Tianshou's TRPO, in alternation, on one thread.
+How many steps a second: ours and other libraries, in alternation, on one thread.
 
     python benchmarks/throughput.py                            # everything; each scenario is written when it ends
     python benchmarks/throughput.py --scenario halfcheetah_2   # some of it
-    python benchmarks/throughput.py --chart                    # draw the chart from the finished scenarios
+    python benchmarks/throughput.py --scenario libraries --clock cpu --cleanrl ppo_continuous_action.py
+    python benchmarks/throughput.py --chart                    # draw the charts from the finished scenarios
     python benchmarks/throughput.py --quick                    # a few minutes: does it run? Writes no file
 
 Both TRPOs have RL Zoo's MuJoCo settings (trust region in terms of the joint KL for ours) on rollouts of 2,048 steps; PPO
 has RL Zoo's for the task, its number of environments included; Tianshou has its MuJoCo example's, and so has ours beside
 it. The floor steps the same Monitor-wrapped environments with random actions and does nothing else. Every round collects a
 rollout and updates, contender after contender; figures are steps over the median time of a round.
+
+The scenario "libraries" needs ``pip install -r benchmarks/requirements.txt``; CleanRL is a file to download from
+``contenders.CLEANRL_URL``. Each library has the settings of its own example or its defaults, on rollouts of 2,048 steps
+(Tianshou 1,024). Libraries that are not installed are left out.
 """
 
 import peers  # isort: skip  (first: one thread)
@@ -19,38 +24,25 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium as gym
-import numpy as np
+import stable_baselines3
 import torch as th
-from gymnasium import spaces
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
-
-from sb3_trpo.zoo.tianshou_peer import tianshou_trpo
+from contenders import (
+    Contender,
+    Round,
+    bare_contender,
+    cleanrl_contender,
+    sb3_contender,
+    sbx_contender,
+    skrl_contender,
+    tianshou_contender,
+)
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 N_STATES = 2048
-
-
-class Round(NamedTuple):
-    """
-    One rollout and its update.
-
-    :param steps: environment steps
-    :param collect: seconds of collecting
-    :param update: seconds of updating; 0 for the floor
-    :param total: seconds of both and of what is around them
-    """
-
-    steps: int
-    collect: float
-    update: float
-    total: float
-
-
-Contender = Callable[[], Round]
 
 
 class Scenario(NamedTuple):
@@ -60,7 +52,8 @@ class Scenario(NamedTuple):
     :param task: registered name
     :param n_envs: number of environments
     :param normalize: whether VecNormalize is around them
-    :param kind: "sb3" against sb3-contrib (and PPO), "tianshou" against Tianshou, "envpool" ours on EnvPool and without
+    :param kind: "sb3" against sb3-contrib (and PPO), "tianshou" against Tianshou, "envpool" ours on EnvPool and without,
+        "libraries" against all libraries
     """
 
     task: str
@@ -79,92 +72,45 @@ def scenarios() -> dict[str, Scenario]:
     found["tianshou"] = Scenario("HalfCheetah-v5", peers.TIANSHOU_SHAPE["n_envs"], True, "tianshou")
     for task, n_envs in (("Hopper-v5", 8), ("Hopper-v5", 16), ("HalfCheetah-v5", 16)):
         found[f"envpool_{task.split('-')[0].lower()}_{n_envs}"] = Scenario(task, n_envs, False, "envpool")
+    found["libraries"] = Scenario("HalfCheetah-v5", 8, False, "libraries")
     return found
 
 
-def sb3_contender(model: OnPolicyAlgorithm, clock: Callable[[], float]) -> Contender:
-    """``learn`` for one rollout and its update."""
-    n_steps = model.n_steps * model.n_envs
-    seconds = {"collect_rollouts": 0.0, "train": 0.0}
+def make_libraries(task: str, cleanrl: Path | None, clock: Callable[[], float]) -> dict[str, Contender]:
+    """Every library that is installed, by name and number of environments."""
 
-    def timed(name: str) -> None:
-        method = getattr(model, name)
+    def ours(n_envs: int) -> Contender:
+        env = peers.make_env(task, n_envs)
+        settings = {**peers.ZOO_TRPO, "n_steps": N_STATES // n_envs}
+        return sb3_contender(peers.ours(env, **peers.as_ours(settings, env.action_space)), clock)
 
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            started = clock()
-            result = method(*args, **kwargs)
-            seconds[name] += clock() - started
-            return result
+    def contrib() -> Contender:
+        return sb3_contender(peers.contrib(peers.make_env(task, 2), **{**peers.ZOO_TRPO, "n_steps": N_STATES // 2}), clock)
 
-        setattr(model, name, wrapper)
+    def ppo() -> Contender:
+        return sb3_contender(stable_baselines3.PPO("MlpPolicy", peers.make_env(task, 1), seed=0, device="cpu"), clock)
 
-    for name in seconds:
-        timed(name)
-
-    def play() -> Round:
-        seconds.update(dict.fromkeys(seconds, 0.0))
-        started = clock()
-        model.learn(n_steps, reset_num_timesteps=False)
-        return Round(n_steps, seconds["collect_rollouts"], seconds["train"], clock() - started)
-
-    return play
-
-
-def tianshou_contender(task: str, clock: Callable[[], float]) -> Contender:
-    """What its trainer does, without its logs."""
-    from tianshou.data import Collector, VectorReplayBuffer
-    from tianshou.env import DummyVectorEnv, VectorEnvNormObs
-    from tianshou.utils.torch_utils import policy_within_training_step
-
-    n_envs, n_steps = peers.TIANSHOU_SHAPE["n_envs"], peers.TIANSHOU_SHAPE["n_steps"]
-    env = VectorEnvNormObs(DummyVectorEnv([lambda: gym.make(task) for _ in range(n_envs)]))
-    env.seed(0)
-    single = gym.make(task)
-    algorithm = tianshou_trpo(single.observation_space, single.action_space)
-    collector = Collector(algorithm, env, VectorReplayBuffer(4096, n_envs), exploration_noise=True)
-    collector.reset()
-
-    def play() -> Round:
-        started = clock()
-        with policy_within_training_step(algorithm.policy):
-            collector.collect(n_step=n_envs * n_steps)
-            collected = clock()
-            algorithm.update(buffer=collector.buffer, batch_size=None, repeat=1)
-        collector.reset_buffer(keep_statistics=True)
-        ended = clock()
-        return Round(n_envs * n_steps, collected - started, ended - collected, ended - started)
-
-    return play
-
-
-def random_actions(space: spaces.Space, n_steps: int, n_envs: int) -> np.ndarray:
-    """What an untrained policy does: clipped Gaussian noise, or anything."""
-    rng = np.random.default_rng(0)
-    if isinstance(space, spaces.Box):
-        return rng.normal(size=(n_steps, n_envs, *space.shape)).astype(np.float32).clip(space.low, space.high)
-    return rng.integers(space.n, size=(n_steps, n_envs))  # type: ignore[attr-defined]
-
-
-def bare_contender(env: VecEnv, n_states: int, clock: Callable[[], float]) -> Contender:
-    """Steps single environments one after the other, or the pool that has them all."""
-    actions = random_actions(env.action_space, n_states // env.num_envs, env.num_envs)
-    env.reset()
-    singles = env.unwrapped.envs if isinstance(env.unwrapped, DummyVecEnv) else None
-
-    def play() -> Round:
-        started = clock()
-        for row in actions:
-            if singles is None:
-                env.step(row)
-                continue
-            for single, action in zip(singles, row, strict=True):
-                _, _, terminated, truncated, _ = single.step(action)
-                if terminated or truncated:
-                    single.reset()
-        seconds = clock() - started
-        return Round(len(actions) * env.num_envs, seconds, 0.0, seconds)
-
-    return play
+    makers: dict[str, Callable[[], Contender]] = {
+        **{f"sb3_trpo × {n_envs}": partial(ours, n_envs) for n_envs in (8, 2, 1)},
+        "SBX PPO × 8": lambda: sbx_contender(peers.make_env(task, 8), N_STATES // 8, clock),
+        "SBX PPO × 8, batch_size=256": lambda: sbx_contender(peers.make_env(task, 8), N_STATES // 8, clock, 256),
+        "SBX PPO × 1": lambda: sbx_contender(peers.make_env(task, 1), N_STATES, clock),
+        "Tianshou TRPO × 16": lambda: tianshou_contender(task, clock),
+        "skrl TRPO × 8": lambda: skrl_contender(task, 8, N_STATES // 8, clock),
+        "skrl TRPO × 1": lambda: skrl_contender(task, 1, N_STATES, clock),
+        "sb3-contrib TRPO × 2": contrib,
+        "SB3 PPO × 1": ppo,
+        "bare": lambda: bare_contender(peers.make_env(task, 8), N_STATES, clock),
+    }
+    if cleanrl is not None:
+        makers["CleanRL PPO × 1"] = lambda: cleanrl_contender(cleanrl, task, clock)
+    found = {}
+    for name, make in makers.items():
+        try:
+            found[name] = make()
+        except ImportError as error:
+            print(f"{name} is left out: {error}", flush=True)
+    return found
 
 
 def make_contenders(scenario: Scenario, threads: int, clock: Callable[[], float]) -> dict[str, Contender]:
@@ -202,9 +148,12 @@ def make_contenders(scenario: Scenario, threads: int, clock: Callable[[], float]
     return contenders
 
 
-def run(scenario: Scenario, rounds: int, threads: int, clock_name: str) -> dict[str, Any]:
-    contenders = make_contenders(scenario, threads, timing.CLOCKS[clock_name])
-    samples = timing.alternate(contenders, rounds, warmup=2)
+def run(scenario: Scenario, rounds: int, threads: int, clock_name: str, cleanrl: Path | None) -> dict[str, Any]:
+    if scenario.kind == "libraries":
+        contenders = make_libraries(scenario.task, cleanrl, timing.CLOCKS[clock_name])
+    else:
+        contenders = make_contenders(scenario, threads, timing.CLOCKS[clock_name])
+    samples = timing.alternate(contenders, rounds, warmup=1 if scenario.kind == "libraries" else 2)
     rows = {name: _row(played) for name, played in samples.items()}
     return {"scenario": scenario._asdict(), "rounds": rounds, "clock": clock_name, "contenders": rows}
 
@@ -238,6 +187,12 @@ def print_result(name: str, result: dict[str, Any]) -> None:
     print(flush=True)
 
 
+def print_libraries(result: dict[str, Any]) -> None:
+    for who, row in sorted(result["contenders"].items(), key=lambda item: -item[1]["total_steps_per_second"]):
+        print(f"{'libraries':26}{who:28}{row['total_steps_per_second']:36,.0f}")
+    print(flush=True)
+
+
 def draw(path: Path) -> None:
     """Bars of collecting and of the whole, without VecNormalize, as shares of the environments' own speed."""
     import matplotlib as mpl
@@ -247,7 +202,8 @@ def draw(path: Path) -> None:
     from matplotlib import pyplot as plt
 
     results = json.loads(path.read_text(encoding="utf-8"))["scenarios"]
-    shown = [name for name in scenarios() if name in results and not name.endswith("_normalized") and "envpool" not in name]
+    hidden = ("_normalized", "libraries")
+    shown = [name for name in scenarios() if name in results and not name.endswith(hidden) and "envpool" not in name]
     if not shown:
         return
     colors = {"ours": "#1b6ca8", "sb3-contrib": "#e08e45", "ppo": "#9aa5b1", "tianshou": "#7fb069"}
@@ -277,6 +233,34 @@ def draw(path: Path) -> None:
     axes[0].set_ylabel("steps per second,\n% of the environments alone")
     names = [*labels.values(), "environments alone"]
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def draw_libraries(path: Path) -> None:
+    """Bars of steps per second, updates included."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "sb3_trpo"
+    from matplotlib import pyplot as plt
+
+    result = json.loads(path.read_text(encoding="utf-8"))["scenarios"].get("libraries")
+    if result is None:
+        return
+    speeds = {name: row["total_steps_per_second"] for name, row in result["contenders"].items() if name != "bare"}
+    names = sorted(speeds, key=speeds.__getitem__)
+    figure, axis = plt.subplots(figsize=(8, 0.36 * len(names) + 0.9), constrained_layout=True)
+    colors = ["#1b6ca8" if name.startswith("sb3_trpo") else "#9aa5b1" for name in names]
+    bars = axis.barh(names, [speeds[name] for name in names], color=colors)
+    axis.bar_label(bars, [f"{speeds[name]:,.0f}" for name in names], padding=4, fontsize=9)
+    axis.margins(x=0.1)
+    axis.set_xlabel("steps per CPU second, updates included" if result["clock"] == "cpu" else "steps per second")
+    axis.set_title("{}: library × environments".format(result["scenario"]["task"]), fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path.with_name("throughput_libraries.json"))
+
+
+def _save(figure: Any, path: Path) -> None:
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
     print(f"drawn: {path.with_suffix('.png').name}, {path.with_suffix('.svg').name}")
@@ -287,6 +271,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", nargs="+", choices=every, default=list(every), metavar="SCENARIO", help=", ".join(every))
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each, after two for warm-up")
+    parser.add_argument(
+        "--cleanrl", type=Path, metavar="FILE", help="its ppo_continuous_action.py; without it, it is left out"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of EnvPool")
     parser.add_argument(
         "--clock", choices=timing.CLOCKS, default="wall", help="cpu: on a machine with other work (not for EnvPool)"
@@ -306,14 +293,15 @@ def main() -> None:
         )
         for name in args.scenario:
             try:
-                result = run(every[name], 3 if args.quick else args.rounds, args.threads, args.clock)
+                result = run(every[name], 3 if args.quick else args.rounds, args.threads, args.clock, args.cleanrl)
             except ImportError as error:
                 print(f"{name:26}left out: {error}\n", flush=True)
                 continue
-            print_result(name, result)
+            (print_libraries if every[name].kind == "libraries" else partial(print_result, name))(result)
             peers.update_json(out, "scenarios", name, result)
     if out is not None and out.exists():
         draw(out)
+        draw_libraries(out)
 
 
 if __name__ == "__main__":

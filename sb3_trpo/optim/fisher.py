@@ -7,6 +7,8 @@ SB3's distributions. For any other family the Hessian of the KL is taken by diff
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from typing import Any
 
 import torch as th
 
@@ -65,9 +67,7 @@ class FisherOperator:
         :param v: flat vector, shape ``(n_parameters,)``
         :return: (F + λI) v
         """
-        total = th.zeros_like(v)
-        for product in self._kept or self._products():
-            total = total + product(v)
+        total = reduce(th.add, (product(v) for product in self._kept or self._products()))
         return self.damping * v + self._objective.ranks.sum(total)
 
 
@@ -107,12 +107,18 @@ def layerwise_fisher_product(
     if found is None:
         return None
     column, total = weights.unsqueeze(1), 2.0 * weights.sum()
+    gaussian: Any = new.components[0] if found.is_gaussian else None
+    precision = None if gaussian is None else gaussian.scale.detach().square().reciprocal()
+
+    def metric(moved: th.Tensor) -> th.Tensor:
+        if precision is not None:
+            return moved * precision
+        return th.cat(fisher_metric(new.components, moved.split(found.widths, dim=1)), dim=1)
 
     def product(v: th.Tensor) -> th.Tensor:
         tangents = unflatten(v, model.parameters)
-        moved = found.jacobian.jvp([tangents[i] for i in found.positions]).split(found.widths, dim=1)
-        metric = fisher_metric(new.components, [*moved, th.zeros_like(moved[0])] if found.is_gaussian else moved)
-        pulled = found.jacobian.vjp(th.cat(metric[: len(found.widths)], dim=1) * column)
+        moved = found.jacobian.jvp([tangents[i] for i in found.positions])
+        pulled = found.jacobian.vjp(metric(moved) * column)
         return found.join(pulled, [total * tangents[i] for i in found.rest])
 
     return product

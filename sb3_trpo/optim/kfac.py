@@ -20,7 +20,7 @@ from sb3_trpo.optim.fisher import GGNProduct
 from sb3_trpo.optim.layerwise import Layerwise
 from sb3_trpo.optim.mlp import LayerCall, MLPJacobian
 from sb3_trpo.optim.objective import ModelOutput, RolloutObjective
-from sb3_trpo.optim.parameters import flatten, unflatten
+from sb3_trpo.optim.parameters import flatten
 
 
 class Factors(NamedTuple):
@@ -46,13 +46,14 @@ def kfac_layers(module: nn.Module, actor: Sequence[nn.Parameter]) -> list[nn.Mod
     :return: the layers
     """
     theta = {id(parameter) for parameter in actor}
-    holders = Counter(id(parameter) for layer in module.modules() for parameter in layer._parameters.values())
-    convolutions = [layer for layer in module.modules() if isinstance(layer, _ConvNd)]
+    layers = list(module.modules())
+    holders = Counter(id(parameter) for layer in layers for parameter in layer._parameters.values())
+    convolutions = [layer for layer in layers if isinstance(layer, _ConvNd)]
     if any(id(parameter) in theta for layer in convolutions for parameter in layer.parameters()):
         return []
     return [
         layer
-        for layer in module.modules()
+        for layer in layers
         if _has_kronecker_form(layer) and all(id(p) in theta and holders[id(p)] == 1 for p in _parameters(layer))
     ]
 
@@ -191,7 +192,7 @@ class KFACPreconditioner:
     """
 
     def __init__(self, objective: RolloutObjective, damping: float) -> None:
-        self._actor = actor = objective.model.parameters
+        actor = objective.model.parameters
         index = {id(parameter): position for position, parameter in enumerate(actor)}
         layers = set(objective.model.layers)
         sums: dict[nn.Module, Factors] = {}
@@ -215,8 +216,10 @@ class KFACPreconditioner:
         factors_of = [sums[layer] for layer in self._positions]
         row_sums, *means = objective.ranks.sum_each([row_sums, *(factor for factors in factors_of for factor in factors)])
         pairs = zip(self._positions, means[::2], means[1::2], strict=True)
+        self._sizes = [parameter.numel() for parameter in actor]
         self._inverses = [(layer, damped_inverses(Factors(A, G), damping)) for layer, A, G in pairs]
-        self._diagonal = (row_sums.clamp(min=0.0) + max(damping, th.finfo(row_sums.dtype).eps)).reciprocal()
+        diagonal = (row_sums.clamp(min=0.0) + max(damping, th.finfo(row_sums.dtype).eps)).reciprocal()
+        self._diagonal = list(zip(self._rest, diagonal.split([self._sizes[position] for position in self._rest]), strict=True))
 
     def __call__(self, v: th.Tensor) -> th.Tensor:
         """
@@ -225,20 +228,16 @@ class KFACPreconditioner:
         :param v: flat vector, shape ``(n_parameters,)``
         :return: M v
         """
-        parts = unflatten(v, self._actor)
-        for position, scaled in zip(
-            self._rest,
-            unflatten(self._diagonal, [self._actor[position] for position in self._rest]),
-            strict=True,
-        ):
-            parts[position] = parts[position] * scaled
+        parts = list(v.split(self._sizes))
+        for position, scale in self._diagonal:
+            parts[position] = parts[position] * scale
         for layer, (A_inverse, G_inverse) in self._inverses:
-            positions = self._positions[layer]
-            block = th.cat([parts[position].reshape(len(G_inverse), -1) for position in positions], dim=1).to(A_inverse.dtype)
-            product = G_inverse @ block @ A_inverse
-            widths = [parts[position][0].numel() for position in positions]
-            for position, columns in zip(positions, product.split(widths, dim=1), strict=True):
-                parts[position] = columns.reshape(parts[position].shape)
+            positions, n_outputs = self._positions[layer], G_inverse.shape[0]
+            columns = [parts[position].view(n_outputs, -1) for position in positions]
+            block = (th.cat(columns, dim=1) if len(columns) > 1 else columns[0]).to(A_inverse.dtype)
+            product = (G_inverse @ block @ A_inverse).split([part.shape[1] for part in columns], dim=1)
+            for position, part in zip(positions, product, strict=True):
+                parts[position] = part
         return flatten(parts)
 
 

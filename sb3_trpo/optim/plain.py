@@ -5,6 +5,7 @@ instance or a class, compiled calls and autocast change what a module computes, 
 """
 
 import functools
+from collections.abc import Iterable
 from types import FunctionType
 from typing import Any
 
@@ -77,7 +78,11 @@ def has_hooks(module: nn.Module) -> bool:
 
     :param module: any module
     """
-    return any(GLOBAL_HOOKS) or any(getattr(part, name) for part in module.modules() for name in HOOKS)
+    return _have_hooks(module.modules())
+
+
+def _have_hooks(parts: Iterable[nn.Module]) -> bool:
+    return any(GLOBAL_HOOKS) or any(getattr(part, name) for part in parts for name in HOOKS)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -88,11 +93,12 @@ def is_plain(module: nn.Module) -> bool:
 
     :param module: any module
     """
+    parts = list(module.modules())  # torch takes long to find them
     parameter = next(module.parameters(), None)
     return (
-        not has_hooks(module)
-        and all(_is_untouched(part) for part in module.modules())
-        and are_original(*{type(part) for part in module.modules()})
+        not _have_hooks(parts)
+        and all(map(_is_untouched, parts))
+        and are_original(*set(map(type, parts)))
         and not _is_autocast("cpu" if parameter is None else parameter.device)
     )
 

@@ -1,5 +1,6 @@
 """Statistics of one update."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -61,6 +62,9 @@ class Summary:
         :param values: one value per step, at least one
         :return: the summary
         """
+        if len(values) == 1 and math.isfinite(values[0]):  # as of nearly every update, and NumPy takes its time
+            value = float(values[0])
+            return cls(mean=value, std=0.0, min=value, max=value, last=value, count=1)
         array = np.asarray(values, dtype=np.float64)
         with np.errstate(invalid="ignore"):  # of infinite values: NaN
             mean, std = float(array.mean()), float(array.std())

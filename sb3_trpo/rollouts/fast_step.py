@@ -91,8 +91,10 @@ def step_dummy(env: DummyVecEnv) -> VecEnvStepReturn:
     :return: observations, rewards, dones and infos, none of which later steps change
     """
     infos: list[dict[str, Any]] = []
+    actions, rewards, dones = env.actions, env.buf_rews, env.buf_dones
+    only: np.ndarray | None = env.buf_obs.get(None)  # type: ignore[call-overload]  # the key of one-array observations
     for index, single in enumerate(env.envs):
-        obs, env.buf_rews[index], terminated, truncated, info = single.step(env.actions[index])
+        obs, rewards[index], terminated, truncated, info = single.step(actions[index])
         done = terminated or truncated
         is_plain = not info and not done  # nothing in it that may change
         info["TimeLimit.truncated"] = truncated and not terminated
@@ -100,12 +102,17 @@ def step_dummy(env: DummyVecEnv) -> VecEnvStepReturn:
             # SB3 copies it after the reset: too late where an environment writes all observations into one array.
             info["terminal_observation"] = copy.deepcopy(obs)
             obs, env.reset_infos[index] = single.reset()
-        env.buf_dones[index] = done
+        dones[index] = done
         env.buf_infos[index] = info
         infos.append(info.copy() if is_plain else copy_info(info))
-        env._save_obs(index, obs)
+        if only is None:
+            env._save_obs(index, obs)
+        else:
+            only[index] = obs
+    if only is not None:
+        return only.copy(), rewards.copy(), dones.copy(), infos
     observations = dict_to_obs(env.observation_space, {key: stored.copy() for key, stored in env.buf_obs.items()})
-    return observations, env.buf_rews.copy(), env.buf_dones.copy(), infos
+    return observations, rewards.copy(), dones.copy(), infos
 
 
 def copy_info(info: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """A connection to a worker process whose reads and writes fail when the worker exits or times out."""
 
+import math
 import os
 import pickle
+import select
 import selectors
 import socket
 import struct
@@ -38,6 +40,10 @@ class Channel:
         self._socket = socket.socket(fileno=os.dup(connection.fileno())) if CAN_POLL else None
         if self._socket is not None:
             self._socket.setblocking(True)  # whatever socket.setdefaulttimeout says
+            # Registered once: `multiprocessing.connection.wait` does it at every call, for longer than a message takes.
+            self._readable = select.poll()
+            self._readable.register(self._socket, select.POLLIN)
+            self._readable.register(sentinel, select.POLLIN)
 
     def send(self, message: Any, seconds_left: SecondsLeft) -> None:
         """
@@ -72,7 +78,8 @@ class Channel:
         :raises ConnectionError: the worker closed the connection
         """
         if self._socket is None:
-            self._wait_to_read(seconds_left)
+            ready = wait([self._connection, self._sentinel], seconds_left())
+            self._check_readable(bool(ready), self._connection in ready)
             return self._connection.recv()
         (size,) = struct.unpack("!i", self._read(self._socket, 4, seconds_left))
         if size == -1:
@@ -86,18 +93,22 @@ class Channel:
             try:
                 received = connection.recv_into(left, 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                self._wait_to_read(seconds_left)
+                self._wait_to_read(connection, seconds_left)
                 continue
             if received == 0:
                 raise EOFError("the worker has closed the connection")
             left = left[received:]
         return contents
 
-    def _wait_to_read(self, seconds_left: SecondsLeft) -> None:
-        ready = wait([self._connection, self._sentinel], seconds_left())
-        if not ready:
+    def _wait_to_read(self, connection: socket.socket, seconds_left: SecondsLeft) -> None:
+        left = seconds_left()
+        ready = [descriptor for descriptor, _ in self._readable.poll(None if left is None else math.ceil(1e3 * left))]
+        self._check_readable(bool(ready), connection.fileno() in ready)
+
+    def _check_readable(self, is_any_ready: bool, is_connection_ready: bool) -> None:
+        if not is_any_ready:
             raise NoAnswerError
-        if self._connection not in ready and not self._connection.poll():
+        if not is_connection_ready and not self._connection.poll():
             raise EOFError("the worker has ended")
 
     def _wait_to_write(self, seconds_left: SecondsLeft) -> None:
