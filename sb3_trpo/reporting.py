@@ -25,6 +25,7 @@ def record_update(logger: Logger, stats: UpdateStats) -> None:
     :param logger: the logger
     :param stats: the statistics
     """
+    logger.record("time/train_seconds", stats.train_seconds, exclude="stdout")
     for name, value in stats.logged.items():
         logger.record(f"train/{name}", value, exclude=None if name in TABLE else "stdout")
     for name, summary in stats.summaries.items():
