@@ -162,12 +162,13 @@ def recurrent() -> Study:
         "PendulumNoVel-v1": {
             "n_steps": 200,
             "gamma": 0.9,
-            "gae_lambda": 0.9,
-            "target_kl": TARGET_KL,
+            "gae_lambda": 0.95,
+            "target_kl": LinearSchedule(0.1, 0.0, 1.0),
+            "cg_damping": 0.03,
             "n_critic_steps": 3,
             **sde,
         },
-        "Recall-v0": {"n_steps": 64, "target_kl": decay},
+        "Recall-v0": {"n_steps": 64, "target_kl": decay, "ent_coef": 0.05},
     }
     ppo: dict[str, Settings] = {
         "CartPoleNoVel-v1": {
