@@ -158,13 +158,13 @@ def recurrent() -> Study:
     decay = LinearSchedule(0.05, 0.0, 1.0)
     sde = {"use_sde": True, "sde_sample_freq": 4}
     ours: dict[str, Settings] = {
-        "CartPoleNoVel-v1": {"n_steps": 32, "gamma": 0.98, "gae_lambda": 0.8, "target_kl": decay},
+        "CartPoleNoVel-v1": {"n_steps": 32, "gamma": 0.98, "gae_lambda": 0.8, "target_kl": decay, "ent_coef": 0.01},
         "PendulumNoVel-v1": {
             "n_steps": 200,
             "gamma": 0.9,
             "gae_lambda": 0.95,
-            "target_kl": LinearSchedule(0.1, 0.0, 1.0),
-            "cg_damping": 0.03,
+            "target_kl": LinearSchedule(0.2, 0.0, 1.0),
+            "n_policy_updates": 4,
             "n_critic_steps": 3,
             **sde,
         },
