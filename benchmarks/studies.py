@@ -153,8 +153,8 @@ def recurrent() -> Study:
     Return tasks that need a memory, for RecurrentTRPO and sb3-contrib's RecurrentPPO.
 
     Velocities are hidden, or a cue must be named eight steps later. RecurrentTRPO has the settings of
-    ``zoo_hyperparams/trpo_lstm.yml``, chosen on seeds from 0 to 4 and from 100 on: report 5 to 9. RecurrentPPO has RL Zoo's, and
-    its defaults on ``Recall``.
+    ``zoo_hyperparams/trpo_lstm.yml``, chosen on the seeds 0 to 4 and from 100 on: report 5 to 9. RecurrentPPO has RL Zoo's,
+    and its defaults on ``Recall``.
     """
     sde = {"use_sde": True, "sde_sample_freq": 4}
     ours: dict[str, Settings] = {
@@ -163,8 +163,8 @@ def recurrent() -> Study:
             "gamma": 0.98,
             "gae_lambda": 0.8,
             "target_kl": LinearSchedule(0.05, 0.0, 1.0),
-            "cg_damping": 0.03,
             "ent_coef": 0.01,
+            "n_critic_steps": 3,
         },
         "PendulumNoVel-v1": {
             "n_steps": 200,
