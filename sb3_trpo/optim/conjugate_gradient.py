@@ -78,9 +78,6 @@ def conjugate_gradient(
         status = CGStatus.NONPOSITIVE_CURVATURE if rz <= 0.0 else CGStatus.NOT_FINITE
         return CGResult(start.x, status, 0, 1.0, 0.0)
     status, end = _iterate(A, M, start, z, max_iter, rtol)
-    has_failed = status is CGStatus.NOT_FINITE or (status is CGStatus.NONPOSITIVE_CURVATURE and end.iterations == 0)
-    if M is not None and has_failed:
-        return conjugate_gradient(A, b, max_iter=max_iter, rtol=rtol)
     return CGResult(end.x, status, end.iterations, end.residual, float(end.x.dot(b - end.r)))
 
 
@@ -106,6 +103,9 @@ def _iterate(
         rz_new = r.dot(z)
         # The stopping rule needs two numbers, read together: on a GPU this is the iteration's only wait for the device.
         curvature_read, rz_read = th.stack([curvature, rz_new]).tolist()
+        is_useless = not math.isfinite(rz_read) or (rz_read < 0.0 and now.iterations == 0)
+        if M is not None and is_useless and 0.0 < curvature_read < math.inf:
+            return _iterate(A, None, start, start.r, max_iter, rtol)
         if curvature_read <= 0.0 or rz_read < 0.0:
             return CGStatus.NONPOSITIVE_CURVATURE, now
         if not (math.isfinite(curvature_read) and math.isfinite(rz_read)):
