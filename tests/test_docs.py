@@ -100,21 +100,30 @@ def test_arguments_page_lists_the_constructors_arguments() -> None:
     assert listed == [name for name in inspect.signature(TRPO).parameters if name != "self"]
 
 
-def test_docs_name_existing_files_and_code() -> None:
-    """Paths like benchmarks/x.py, and the code in the table of how_it_works."""
+def test_docs_name_existing_files() -> None:
+    """Paths like benchmarks/x.py."""
     pages = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
     for path in pages:
         for name in re.findall(
             r"\b(?:benchmarks|examples|zoo_hyperparams|tests)/[\w/]+\.\w+", path.read_text(encoding="utf-8")
         ):
             assert (ROOT / name).exists(), f"{path}: {name}"
+
+
+def test_how_it_works_names_lines_and_definitions() -> None:
+    """Of the code: the lines of ``train`` and ``_policy_step``, and where what they call is defined."""
     how = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| \d+ \|[^|]*\| `([^`]+?)(?:\(\.\.\.\))?` \|", how, re.MULTILINE)
+    source = inspect.getsource(TRPO.train) + inspect.getsource(TRPO._policy_step)
+    assert len(lines) == 10
+    assert [source.count(line) for line in lines] == [1] * 10, lines
     names = re.findall(r"`((?:optim|rollouts|adapters)\.[\w.]+)`", how)
     assert names
     for name in names:
-        module, _, attribute = f"sb3_trpo.{name}".rpartition(".")
-        is_module = (ROOT / "sb3_trpo" / f"{name.replace('.', '/')}.py").exists()
-        assert is_module or hasattr(import_module(module), attribute), name
+        package, module, *attributes = name.split(".")
+        found = import_module(f"sb3_trpo.{package}.{module}")
+        for attribute in attributes:
+            found = getattr(found, attribute)
 
 
 def test_docs_name_no_index_that_has_no_release() -> None:
