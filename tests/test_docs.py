@@ -8,6 +8,7 @@ block where a package is not installed.
 import inspect
 import json
 import re
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import NamedTuple
 import pytest
 
 from sb3_trpo import TRPO
+from sb3_trpo.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SHELL_FENCE = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- (continues|needs) ?([\w ]*)-->\s*\Z")
 
@@ -86,6 +89,29 @@ def test_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatc
         exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), names)
     assert code
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))  # its outputs are of one run
+
+
+def test_docs_shell_lines_name_commands_and_flags_that_exist(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The commands of this package take the flags that the pages give them; the Makefile has the targets."""
+    pytest.importorskip("rl_zoo3")
+    monkeypatch.setattr(sys, "argv", ["sb3_trpo"])
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md"]
+    shell = "".join("".join(SHELL_FENCE.findall(path.read_text(encoding="utf-8"))) for path in pages)
+    flags: dict[str, set[str]] = {}
+    for command, rest in re.findall(r"^(?:\w+=\S+ )*python -m sb3_trpo (\S+)(.*)$", shell.replace("\\\n", ""), re.MULTILINE):
+        flags.setdefault(command, set()).update(re.findall(r"(?<= )--?[a-z][\w-]*", rest))
+    assert len(flags) >= 8
+    for command, used in flags.items():
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main([command, "--help"])
+        known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", capfd.readouterr().out))
+        assert used <= known, command
+    targets = {name for line in re.findall(r"^make ([a-z -]+)", shell, re.MULTILINE) for name in line.split()}
+    assert {"demo", "test", "lint", "types", "docs", "package"} <= targets
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert [name for name in targets if f"\n{name}:" not in makefile] == []
 
 
 def test_docs_have_no_unknown_marks() -> None:
