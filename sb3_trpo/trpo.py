@@ -103,11 +103,9 @@ class TRPO(ResumableAlgorithm):
     :param line_search_accept_ratio: least ratio of actual to expected improvement that the line search accepts, in [0, 1]
     :param return_scaling: let the critic predict returns divided by the running standard deviation of all returns so far
     :param action_bound: squash Box actions by ``"clip"`` or ``"tanh"`` and scale them to the bounds; None to clip, as SB3 does
-    :param curvature_batch_size: most states, drawn at random from what ``sub_sampling_factor`` leaves, that the Fisher and
-        Gauss-Newton matrices are computed from; gradient, KL and line search use all. None for all, or 256 with images
+    :param curvature_batch_size: most states, drawn at random, for Fisher and Gauss-Newton matrices; None: all, or 256 images
     :param max_state_kl: bound on the joint KL in any one state of the rollout, in nats; None for none
-    :param check_observations: refuse observations with a NaN or an infinity; False for a policy that handles them itself, as
-        by masking padding. Rewards, actions, values and the update are checked in any case
+    :param check_observations: refuse observations with NaN or infinity; False for a policy that handles them, as padding
     :raises ValueError: an argument is out of range; the message names it, its value and what is allowed
     """
 
