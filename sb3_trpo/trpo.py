@@ -1,6 +1,5 @@
 """Trust Region Policy Optimization as a Stable-Baselines3 algorithm."""
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
@@ -85,16 +84,14 @@ class TRPO(ResumableAlgorithm):
     :param seed: seed of all pseudo-random generators
     :param device: device of the networks
     :param _init_setup_model: build the networks at once
-    :param cg_residual_tol: stop conjugate gradients once the residual's norm is this share of the gradient's; 0 to run
-        all ``cg_max_steps``. None for 0.05 with Kronecker factors, and 0.01 without, where a residual says less
+    :param cg_residual_tol: relative residual at which conjugate gradients stop; None: 0.05 with Kronecker factors, else 0.01
     :param cg_preconditioner: ``"kfac"`` for Kronecker factors where the network has no convolutions; None for none
     :param critic_method: how the critic is fitted: ``"gauss_newton"`` (damped Gauss-Newton steps on the whole rollout), or
         ``"minibatch"`` (the policy's optimizer, as in sb3-contrib, with ``learning_rate``, ``batch_size`` and
         ``n_critic_updates``, which the first does not use)
     :param critic_damping: damping of the Gauss-Newton steps; larger is smoother
     :param n_critic_steps: Gauss-Newton steps per update
-    :param max_batch_size: most states in one forward pass of the update, to bound its memory; results stay the same.
-        None for all states at once, or 256 with images
+    :param max_batch_size: most states in one forward pass of the update, to bound its memory; None: all, or 256 images
     :param ent_coef: weight of the policy's mean entropy in the objective
     :param n_policy_updates: steps of the policy on each rollout. All stay in one trust region, around the policy that
         collected it: each goes for an equal share of the way
@@ -344,7 +341,7 @@ class TRPO(ResumableAlgorithm):
             start,
             buffers=self.policy.buffers(),
             target_kl=self._current_target_kl,
-            max_state_kl=self.max_state_kl or math.inf,
+            max_state_kl=self.max_state_kl,
             shrink=self.line_search_shrinking_factor,
             max_iter=self.line_search_max_iter,
             min_improvement=self.line_search_accept_ratio * expected,
