@@ -56,8 +56,8 @@ def conjugate_gradient(
     Numerical Optimization, algorithm 5.3.
 
     Also stops where rounding allows no more: at a residual below the machine epsilon ε, or at one 1/√ε times above the
-    least, and then returns to the iterate of the least. An ``M`` that is not positive and finite at b or at the first
-    residual, or not finite later, is replaced by the identity: one that is not symmetric may be so.
+    least, and then returns to the iterate of the least. An ``M`` that is not positive and finite at b is replaced by the
+    identity.
 
     :param A: v ↦ A v, symmetric positive definite
     :param b: right-hand side, shape ``(n,)``
@@ -78,9 +78,6 @@ def conjugate_gradient(
         status = CGStatus.NONPOSITIVE_CURVATURE if rz <= 0.0 else CGStatus.NOT_FINITE
         return CGResult(start.x, status, 0, 1.0, 0.0)
     status, end = _iterate(A, M, start, z, max_iter, rtol)
-    has_failed = status is CGStatus.NOT_FINITE or (status is CGStatus.NONPOSITIVE_CURVATURE and end.iterations == 0)
-    if M is not None and has_failed:
-        return conjugate_gradient(A, b, max_iter=max_iter, rtol=rtol)
     return CGResult(end.x, status, end.iterations, end.residual, float(end.x.dot(b - end.r)))
 
 
