@@ -157,6 +157,7 @@ UPDATES: dict[str, tuple[type[TRPO], Any, dict[str, Any]]] = {
     "chunks": (TRPO, "Pendulum-v1", {"max_batch_size": 20, "target_kl": 0.01}),
     "discrete": (TRPO, "CartPole-v1", {"ent_coef": 0.01, "normalize_advantage": False}),
     "several_steps": (TRPO, "Pendulum-v1", {"n_policy_updates": 2, "line_search_accept_ratio": 0.1}),
+    "state_kl": (TRPO, "Pendulum-v1", {"max_state_kl": 0.02}),
     "gsde": (TRPO, "Pendulum-v1", {"use_sde": True, "cg_preconditioner": None}),
     "scaled_returns": (TRPO, "Pendulum-v1", {"return_scaling": True, "n_critic_steps": 2}),
     "minibatches": (TRPO, "Pendulum-v1", {"critic_method": "minibatch", "batch_size": 10**6, "n_critic_updates": 3}),
