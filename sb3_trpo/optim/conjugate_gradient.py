@@ -56,8 +56,8 @@ def conjugate_gradient(
     Numerical Optimization, algorithm 5.3.
 
     Also stops where rounding allows no more: at a residual below the machine epsilon ε, or at one 1/√ε times above the
-    least, and then returns to the iterate of the least. An ``M`` that is not positive and finite at b is replaced by the
-    identity.
+    least, and then returns to the iterate of the least. An ``M`` that is not positive and finite at b or at the first
+    residual, or not finite later, is replaced by the identity: one that is not symmetric may be so.
 
     :param A: v ↦ A v, symmetric positive definite
     :param b: right-hand side, shape ``(n,)``

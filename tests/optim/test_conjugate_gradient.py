@@ -149,6 +149,22 @@ def test_preconditioner_that_is_not_positive_gives_way_to_the_identity(scale):
     assert th.equal(solution.x, plain.x)
 
 
+@pytest.mark.parametrize("later", [-1.0, float("nan"), float("inf")])
+def test_preconditioner_that_fails_at_a_residual_gives_way_to_the_identity(later):
+    """As one that is not symmetric may."""
+    matrix, b = MATRICES["dense"], th.as_tensor(right_hand_side(8))
+    solution = conjugate_gradient(as_map(matrix), b, max_iter=3, M=lambda v: v if v is b else later * v)
+    assert (solution.status, solution.iterations) == (CGStatus.ITERATION_BOUND, 3)
+    assert th.equal(solution.x, solve(matrix, b, max_iter=3).x)
+
+
+def test_preconditioner_that_is_not_finite_after_some_iterations_gives_way_to_the_identity():
+    matrix, b = MATRICES["dense"], th.as_tensor(right_hand_side(8))
+    calls = iter([1.0, 1.0, 1.0, float("nan")])
+    solution = conjugate_gradient(as_map(matrix), b, max_iter=5, M=lambda v: next(calls) * v)
+    assert (solution.status, solution.iterations) == (CGStatus.ITERATION_BOUND, 5)
+
+
 @pytest.mark.parametrize("dtype", [th.float32, th.float64])
 @pytest.mark.parametrize("name", MATRICES)
 def test_iterations_beyond_attainable_accuracy_do_no_harm(name, dtype):
