@@ -98,6 +98,23 @@ def test_readme_returns_of_the_agents(env: str) -> None:
     assert_shows(row("docs/settings.md", env), of_docs)
 
 
+PEERS = {"sb3-contrib's TRPO": "sb3_contrib", "PPO": "ppo"}
+
+
+@pytest.mark.parametrize(
+    ("first", "cell"),
+    [
+        *(((f"{env}-v5",), "tuned") for env in ("Ant", "InvertedPendulum", "InvertedDoublePendulum")),
+        *(((env, name), cell) for env in ("HalfCheetah", "Hopper", "Walker2d") for name, cell in PEERS.items()),
+    ],
+)
+def test_settings_returns(first: tuple[str, ...], cell: str) -> None:
+    env = f"{first[0].removesuffix('-v5')}-v5"
+    final, best = of_seeds("returns", cell, env, "final_return"), mean("returns", cell, env, "best_return")
+    expected = [len(final), final.mean(), final.std(), best, mean("returns", cell, env)]
+    assert_shows(row("docs/settings.md", *first), expected)
+
+
 def evaluation(cell: str, env: str, steps: int) -> float:
     """Return the evaluation of seed 100 at so many steps: the first one from there on."""
     curve = [one for one in read_csv("returns_curves") if (one["cell"], one["env"], one["seed"]) == (cell, env, "100")]
