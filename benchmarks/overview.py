@@ -31,7 +31,9 @@ def draw_kl(axes: Axes) -> None:
                 axes.annotate(env, (x[0], y[0]), xytext=(10, 2), textcoords="offset points", fontsize=9)
     axes.axhline(1.0, color="black", ls="--", lw=1.2)
     axes.annotate("δ = target_kl", (updates, 1.0), xytext=(0, 5), textcoords="offset points", ha="right", fontsize=9)
-    axes.set(xlabel="update", ylabel="joint KL / δ", ylim=(0, None), xticks=range(1, updates + 1))
+    axes.set(xlabel="update", ylabel="joint KL / δ", xticks=range(1, updates + 1))
+    axes.margins(y=0.12)
+    axes.set_ylim(bottom=0.0)
     axes.set_title("The trust region is respected")
 
 

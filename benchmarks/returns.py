@@ -12,6 +12,7 @@ import argparse
 import itertools
 import runpy
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ import stable_baselines3
 import study
 import torch as th
 import yaml
+from rl_zoo3.utils import get_callback_list
 from sb3_contrib import TRPO as ContribTRPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import LinearSchedule
@@ -32,7 +34,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_nor
 from study import Evaluations, Run
 from torch import nn
 
-from sb3_trpo import TRPO
+from sb3_trpo import TRPO, PolicyAverage
 
 HERE = Path(__file__).parent
 OURS = HERE.parent / "zoo_hyperparams"
@@ -54,6 +56,8 @@ def ours(n_envs: int, n_steps: int, target_kl: float | str, log_std_init: float 
     }
 
 
+#: As in RL Zoo's files.
+AVERAGE = {"sb3_trpo.averaging.PolicyAverage": {"decay": 0.9}}
 RAW_OBSERVATIONS = {"norm_obs": False}
 #: Rollout shape, δ, first log-std; and one thing changed at a time.
 CELLS: dict[str, Cell] = {
@@ -99,6 +103,9 @@ CELLS: dict[str, Cell] = {
     "8x256_kl.03_raw": ours(8, 256, 0.03, normalize=RAW_OBSERVATIONS),
     "8x256_kl.01_raw": ours(8, 256, 0.01, normalize=RAW_OBSERVATIONS),
     "8x256_kl.005_raw": ours(8, 256, 0.005, normalize=RAW_OBSERVATIONS),
+    "8x256_kl.03_raw_max.2": ours(8, 256, 0.03, normalize=RAW_OBSERVATIONS, max_state_kl=0.2),
+    "8x256_kl.03_max.2": ours(8, 256, 0.03, max_state_kl=0.2),
+    "8x256_kl.03_average": ours(8, 256, 0.03, callback=AVERAGE),
     "8x256_lin.03_raw": ours(8, 256, "lin_0.03", normalize=RAW_OBSERVATIONS),
 }
 #: Cells with an entry for each task: class, file of hyperparameters.
@@ -152,18 +159,19 @@ def settings_of(run: Run, more_cells: dict[str, Any]) -> tuple[type[BaseAlgorith
 
 
 class Evaluation(BaseCallback):
-    """Evaluates the deterministic policy after a rollout, once it is due."""
+    """Evaluates the deterministic policy between updates, once it is due; its average, if there is one."""
 
-    def __init__(self, evaluations: Evaluations, env: VecEnv) -> None:
+    def __init__(self, evaluations: Evaluations, env: VecEnv, average: PolicyAverage | None) -> None:
         super().__init__()
-        self.evaluations, self.env = evaluations, env
+        self.evaluations, self.env, self.average = evaluations, env, average
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_start(self) -> None:
         if self.evaluations.due(self.num_timesteps):
-            self.evaluate()
+            with self.average.in_place() if self.average else nullcontext():
+                self.evaluate()
 
     def _on_training_end(self) -> None:
         self.evaluate()
@@ -189,6 +197,7 @@ def train(run: Run, cells_from: Path | None = None, agents: Path | None = None) 
         settings.pop(name, None)
     normalize = settings.pop("normalize", False)
     options = normalize if isinstance(normalize, dict) else {}
+    callbacks = get_callback_list({"callback": settings.pop("callback", None)})
     env: VecEnv = make_vec_env(run.env, settings.pop("n_envs", 1), seed=run.seed)
     eval_env: VecEnv = make_vec_env(run.env, study.N_EVAL_EPISODES, seed=run.seed + 1_000)
     if normalize:
@@ -196,7 +205,8 @@ def train(run: Run, cells_from: Path | None = None, agents: Path | None = None) 
         eval_env = VecNormalize(eval_env, **{**options, "training": False, "norm_reward": False})
     model = algorithm(settings.pop("policy", "MlpPolicy"), env, seed=run.seed, device="cpu", **settings)
     evaluations = Evaluations(run)
-    model.learn(run.steps, callback=Evaluation(evaluations, eval_env))
+    average = next((each for each in callbacks if isinstance(each, PolicyAverage)), None)
+    model.learn(run.steps, callback=CallbackList([*callbacks, Evaluation(evaluations, eval_env, average)]))
     if agents is not None:
         folder = agents / f"{run.cell}_{run.env}_{run.seed}"
         model.save(folder / "model")

@@ -208,7 +208,7 @@ def draw(path: Path) -> None:
         return
     colors = {"ours": "#1b6ca8", "sb3-contrib": "#e08e45", "ppo": "#9aa5b1", "tianshou": "#7fb069"}
     labels = {"ours": "sb3_trpo", "sb3-contrib": "sb3-contrib TRPO", "ppo": "SB3 PPO", "tianshou": "Tianshou TRPO"}
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    figure, axes = plt.subplots(2, 1, figsize=(8.5, 6.5), sharex=True, constrained_layout=True)
     for axis, part, title in zip(
         axes, ("collect", "total"), ("collecting rollouts", "training, updates included"), strict=True
     ):
@@ -216,21 +216,20 @@ def draw(path: Path) -> None:
             rows = results[name]["contenders"]
             alone = rows["bare"]["collect_steps_per_second"]
             present = [who for who in colors if who in rows]
-            width = 0.8 / len(present)
             for number, who in enumerate(present):
-                x = place - 0.4 + (number + 0.5) * width
-                axis.bar(x, 100.0 * rows[who][f"{part}_steps_per_second"] / alone, 0.94 * width, color=colors[who])
+                x = place + 0.27 * (number - (len(present) - 1) / 2)
+                axis.bar(x, 100.0 * rows[who][f"{part}_steps_per_second"] / alone, 0.25, color=colors[who])
         axis.axhline(100.0, color="black")
         drawn = [results[name]["scenario"] for name in shown]
-        ticks = ["{} × {}".format(scenario["task"], scenario["n_envs"]) for scenario in drawn]
-        axis.set_xticks(range(len(shown)), ticks, fontsize=9, rotation=30, ha="right", rotation_mode="anchor")
+        ticks = ["{}\n× {}".format(scenario["task"].partition("-")[0], scenario["n_envs"]) for scenario in drawn]
+        axis.set_xticks(range(len(shown)), ticks, fontsize=9)
         axis.set_title(title, fontsize=11)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     handles.append(plt.Line2D([], [], color="black"))
-    axes[0].set_ylabel("steps per second,\n% of the environments alone")
+    figure.supylabel("steps per second, % of the environments alone", fontsize=10)
     names = [*labels.values(), "environments alone"]
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=9, frameon=False)
     _save(figure, path)
@@ -254,6 +253,7 @@ def draw_libraries(path: Path) -> None:
     bars = axis.barh(names, [speeds[name] for name in names], color=colors)
     axis.bar_label(bars, [f"{speeds[name]:,.0f}" for name in names], padding=4, fontsize=9)
     axis.margins(x=0.1)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
     axis.set_xlabel("steps per CPU second, updates included" if result["clock"] == "cpu" else "steps per second")
     axis.set_title("{}: library × environments".format(result["scenario"]["task"]), fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sb3_trpo.averaging import PolicyAverage as PolicyAverage
     from sb3_trpo.callbacks import CheckpointCallback as CheckpointCallback
     from sb3_trpo.callbacks import latest_checkpoint as latest_checkpoint
     from sb3_trpo.errors import CorruptCheckpointError as CorruptCheckpointError
@@ -37,6 +38,7 @@ _MODULES = {
     "MultiInputPolicy": "policies",
     "NPG": "npg",
     "NonFiniteError": "errors",
+    "PolicyAverage": "averaging",
     "RankError": "errors",
     "RecurrentTRPO": "recurrent",
     "ResumableEnv": "saving.env_state",

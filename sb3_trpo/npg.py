@@ -14,7 +14,12 @@ from sb3_trpo.optim.statistics import PolicyStep
 from sb3_trpo.reporting import share_accepted
 from sb3_trpo.trpo import TRPO
 
-LINE_SEARCH_ARGUMENTS = ("line_search_shrinking_factor", "line_search_max_iter", "line_search_accept_ratio")
+LINE_SEARCH_ARGUMENTS = (
+    "line_search_shrinking_factor",
+    "line_search_max_iter",
+    "line_search_accept_ratio",
+    "max_state_kl",
+)
 
 
 class NPG(TRPO):

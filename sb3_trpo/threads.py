@@ -1,7 +1,7 @@
 """The number of threads that torch uses while a model trains."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ class ThreadChoice(NamedTuple):
         return f"Using {self.number} torch thread{'' if self.number == 1 else 's'}: {self.reason}"
 
 
-def choose_threads(policy: nn.Module, environ: Mapping[str, str] = os.environ) -> ThreadChoice:
+def choose_threads(policy: nn.Module) -> ThreadChoice:
     """
     Choose the number of threads for training a policy.
 
@@ -53,13 +53,12 @@ def choose_threads(policy: nn.Module, environ: Mapping[str, str] = os.environ) -
     user has set, by an environment variable or ``torch.set_num_threads``, is kept.
 
     :param policy: the policy to train
-    :param environ: environment variables
     :return: the choice
     """
     current = th.get_num_threads()
     for name in VARIABLES:
-        if environ.get(name):
-            return ThreadChoice(current, f"{name}={environ[name]}")
+        if os.environ.get(name):
+            return ThreadChoice(current, f"{name}={os.environ[name]}")
     if current != _DEFAULT:
         return ThreadChoice(current, "set by torch.set_num_threads")
     if any(parameter.device.type != "cpu" for parameter in policy.parameters()):

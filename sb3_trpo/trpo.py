@@ -84,16 +84,14 @@ class TRPO(ResumableAlgorithm):
     :param seed: seed of all pseudo-random generators
     :param device: device of the networks
     :param _init_setup_model: build the networks at once
-    :param cg_residual_tol: stop conjugate gradients once the residual's norm is this share of the gradient's; 0 to run
-        all ``cg_max_steps``. None for 0.05 with Kronecker factors, and 0.01 without, where a residual says less
+    :param cg_residual_tol: relative residual at which conjugate gradients stop; None: 0.05 with Kronecker factors, else 0.01
     :param cg_preconditioner: ``"kfac"`` for Kronecker factors where the network has no convolutions; None for none
     :param critic_method: how the critic is fitted: ``"gauss_newton"`` (damped Gauss-Newton steps on the whole rollout), or
         ``"minibatch"`` (the policy's optimizer, as in sb3-contrib, with ``learning_rate``, ``batch_size`` and
         ``n_critic_updates``, which the first does not use)
     :param critic_damping: damping of the Gauss-Newton steps; larger is smoother
     :param n_critic_steps: Gauss-Newton steps per update
-    :param max_batch_size: most states in one forward pass of the update, to bound its memory; results stay the same.
-        None for all states at once, or 256 with images
+    :param max_batch_size: most states in one forward pass of the update, to bound its memory; None: all, or 256 images
     :param ent_coef: weight of the policy's mean entropy in the objective
     :param n_policy_updates: steps of the policy on each rollout. All stay in one trust region, around the policy that
         collected it: each goes for an equal share of the way
@@ -102,10 +100,9 @@ class TRPO(ResumableAlgorithm):
     :param line_search_accept_ratio: least ratio of actual to expected improvement that the line search accepts, in [0, 1]
     :param return_scaling: let the critic predict returns divided by the running standard deviation of all returns so far
     :param action_bound: squash Box actions by ``"clip"`` or ``"tanh"`` and scale them to the bounds; None to clip, as SB3 does
-    :param curvature_batch_size: most states, drawn at random from what ``sub_sampling_factor`` leaves, that the Fisher and
-        Gauss-Newton matrices are computed from; gradient, KL and line search use all. None for all, or 256 with images
-    :param check_observations: refuse observations with a NaN or an infinity; False for a policy that handles them itself, as
-        by masking padding. Rewards, actions, values and the update are checked in any case
+    :param curvature_batch_size: most states, drawn at random, for Fisher and Gauss-Newton matrices; None: all, or 256 images
+    :param max_state_kl: bound on the joint KL in any one state of the rollout, in nats; None for none
+    :param check_observations: refuse observations with NaN or infinity; False for a policy that handles them, as padding
     :raises ValueError: an argument is out of range; the message names it, its value and what is allowed
     """
 
@@ -162,6 +159,7 @@ class TRPO(ResumableAlgorithm):
         action_bound: Annotated[str | None, one_of(*ACTION_BOUNDS, None)] = None,
         check_observations: Annotated[bool, allowed.BOOLEAN] = True,
         curvature_batch_size: Annotated[int | None, allowed.POSITIVE_INTEGER_OR_NONE] = None,
+        max_state_kl: Annotated[float | None, optional(allowed.POSITIVE)] = None,
     ) -> None:
         place = self._place
         super().__init__(
@@ -208,6 +206,7 @@ class TRPO(ResumableAlgorithm):
         self.return_scaling = return_scaling
         self.action_bound = action_bound
         self.check_observations = check_observations
+        self.max_state_kl = max_state_kl
         self.curvature_batch_size = curvature_batch_size
         self.return_moments = RunningMeanStd(epsilon=0.0)
         #: What the latest update did; None before the first.
@@ -342,6 +341,7 @@ class TRPO(ResumableAlgorithm):
             start,
             buffers=self.policy.buffers(),
             target_kl=self._current_target_kl,
+            max_state_kl=self.max_state_kl,
             shrink=self.line_search_shrinking_factor,
             max_iter=self.line_search_max_iter,
             min_improvement=self.line_search_accept_ratio * expected,

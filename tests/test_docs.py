@@ -8,6 +8,7 @@ block where a package is not installed.
 import inspect
 import json
 import re
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import NamedTuple
 import pytest
 
 from sb3_trpo import TRPO
+from sb3_trpo.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SHELL_FENCE = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- (continues|needs) ?([\w ]*)-->\s*\Z")
 
@@ -88,6 +91,29 @@ def test_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatc
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))  # its outputs are of one run
 
 
+def test_docs_shell_lines_name_commands_and_flags_that_exist(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The commands of this package take the flags that the pages give them; the Makefile has the targets."""
+    pytest.importorskip("rl_zoo3")
+    monkeypatch.setattr(sys, "argv", ["sb3_trpo"])
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md"]
+    shell = "".join("".join(SHELL_FENCE.findall(path.read_text(encoding="utf-8"))) for path in pages)
+    flags: dict[str, set[str]] = {}
+    for command, rest in re.findall(r"^(?:\w+=\S+ )*python -m sb3_trpo (\S+)(.*)$", shell.replace("\\\n", ""), re.MULTILINE):
+        flags.setdefault(command, set()).update(re.findall(r"(?<= )--?[a-z][\w-]*", rest))
+    assert len(flags) >= 8
+    for command, used in flags.items():
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main([command, "--help"])
+        known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", capfd.readouterr().out))
+        assert used <= known, command
+    targets = {name for line in re.findall(r"^make ([a-z -]+)", shell, re.MULTILINE) for name in line.split()}
+    assert {"demo", "test", "lint", "types", "docs", "package"} <= targets
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert [name for name in targets if f"\n{name}:" not in makefile] == []
+
+
 def test_docs_have_no_unknown_marks() -> None:
     for path in PAGES:
         for comment in re.findall(r"<!--.*?-->", path.read_text(encoding="utf-8")):
@@ -100,21 +126,30 @@ def test_arguments_page_lists_the_constructors_arguments() -> None:
     assert listed == [name for name in inspect.signature(TRPO).parameters if name != "self"]
 
 
-def test_docs_name_existing_files_and_code() -> None:
-    """Paths like benchmarks/x.py, and the code in the table of how_it_works."""
+def test_docs_name_existing_files() -> None:
+    """Paths like benchmarks/x.py."""
     pages = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
     for path in pages:
         for name in re.findall(
             r"\b(?:benchmarks|examples|zoo_hyperparams|tests)/[\w/]+\.\w+", path.read_text(encoding="utf-8")
         ):
             assert (ROOT / name).exists(), f"{path}: {name}"
+
+
+def test_how_it_works_names_lines_and_definitions() -> None:
+    """Of the code: the lines of ``train`` and ``_policy_step``, and where what they call is defined."""
     how = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| \d+ \|[^|]*\| `([^`]+?)(?:\(\.\.\.\))?` \|", how, re.MULTILINE)
+    source = inspect.getsource(TRPO.train) + inspect.getsource(TRPO._policy_step)
+    assert len(lines) == 10
+    assert [source.count(line) for line in lines] == [1] * 10, lines
     names = re.findall(r"`((?:optim|rollouts|adapters)\.[\w.]+)`", how)
     assert names
     for name in names:
-        module, _, attribute = f"sb3_trpo.{name}".rpartition(".")
-        is_module = (ROOT / "sb3_trpo" / f"{name.replace('.', '/')}.py").exists()
-        assert is_module or hasattr(import_module(module), attribute), name
+        package, module, *attributes = name.split(".")
+        found = import_module(f"sb3_trpo.{package}.{module}")
+        for attribute in attributes:
+            found = getattr(found, attribute)
 
 
 def test_docs_name_no_index_that_has_no_release() -> None:

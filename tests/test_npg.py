@@ -17,6 +17,7 @@ from support.arguments import effective
 from torch import nn
 
 from sb3_trpo import NPG, TRPO
+from sb3_trpo.npg import LINE_SEARCH_ARGUMENTS
 from sb3_trpo.optim.parameters import flatten
 
 N_STEPS = 64
@@ -215,7 +216,7 @@ def test_there_is_nothing_of_a_line_search_in_the_log() -> None:
         assert missing - {"train/target_kl"} == {"train/is_line_search_success", "train/line_search"}
 
 
-@pytest.mark.parametrize("name", ["line_search_shrinking_factor", "line_search_max_iter", "line_search_accept_ratio"])
+@pytest.mark.parametrize("name", LINE_SEARCH_ARGUMENTS)
 def test_arguments_of_a_line_search_are_refused(name: str) -> None:
     with pytest.raises(TypeError, match=f"NPG has no line search: '{name}'"):
         make(**{name: 0.5})
@@ -229,7 +230,7 @@ def test_an_unknown_argument_is_refused() -> None:
 def test_arguments_are_trpos_less_the_line_search() -> None:
     ours, trpos = (inspect.signature(algorithm.__init__).parameters for algorithm in (NPG, TRPO))
     assert list(ours)[:6] == ["self", "policy", "env", "learning_rate", "n_steps", "actor_step_size"]
-    expected = {name: p.default for name, p in trpos.items() if not name.startswith("line_search")}
+    expected = {name: p.default for name, p in trpos.items() if name not in LINE_SEARCH_ARGUMENTS}
     assert {name: p.default for name, p in ours.items() if name != "actor_step_size"} == expected
     keyword = {name: expected[name] for name, p in trpos.items() if p.kind is p.KEYWORD_ONLY and name in expected}
     model = make(**keyword)

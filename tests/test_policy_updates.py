@@ -360,3 +360,20 @@ def test_the_accept_ratio_is_that_of_actual_to_expected_improvement() -> None:
             assert log["train/actual_improvement"] >= 0.9 * log["train/expected_improvement"]
         shorter += log["train/step_length"] < plain.logs[0]["train/step_length"]
     assert shorter >= 1
+
+
+# ---- bound on the KL in each state
+
+
+@pytest.mark.parametrize("bound", [None, 0.01, 0.04])
+def test_kl_in_each_state_keeps_its_bound(bound: float | None) -> None:
+    before: dict[str, list[Any]] = {}
+
+    def keep_distributions(model: HookedTRPO) -> None:
+        before["last"] = distributions(model)
+
+    model = make_case("box", keep_distributions, max_state_kl=bound).learn(3 * 64)
+    pairs = zip(before["last"], distributions(model), strict=True)
+    largest = float(sum(kl_divergence(p, q).sum(dim=-1) for p, q in pairs).max())
+    assert largest == pytest.approx(model.last_update.max_state_kl.last, rel=1e-3)
+    assert largest > 0.04 if bound is None else 0.9 * bound < largest <= bound * (1 + 1e-3)

@@ -1,8 +1,10 @@
 """One update after another: what moves, what stays, what is logged, and what SB3's users may rely on."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -653,3 +655,29 @@ def test_tolerance_of_conjugate_gradients_is_smaller_without_kronecker_factors(p
     make(cg_preconditioner=preconditioner).learn(1)
     make(cg_preconditioner=preconditioner, cg_residual_tol=0.2).learn(1)
     assert found == [tolerance, 0.2]
+
+
+def skew():
+    return lambda v: th.cat([v[1:], -v[:1]])
+
+
+def rolled():
+    return lambda v: v - 2.0 * v.roll(1)
+
+
+def once(afterwards):
+    """Positive definite for its first vector, the gradient."""
+    factors = itertools.chain([1.0], itertools.repeat(afterwards))
+    return lambda v: next(factors) * v
+
+
+@pytest.mark.parametrize("make", [skew, rolled, partial(once, -1.0), partial(once, math.nan)])
+def test_a_preconditioner_that_is_not_symmetric_ends_no_training(make, monkeypatch):
+    monkeypatch.setattr(sb3_trpo.trpo, "make_preconditioner", lambda *_: make())
+    model = TRPO("MlpPolicy", "CartPole-v1", n_steps=64, seed=0, device="cpu", policy_kwargs={"net_arch": [4]})
+    before = copy.deepcopy(model.policy.action_net.weight)
+    model.learn(12 * 64)
+    assert model._failed_updates == 0
+    assert model.logger.name_to_value["train/kl_divergence_loss"] <= model.target_kl
+    assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+    assert not th.equal(model.policy.action_net.weight, before)

@@ -24,6 +24,7 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from torch import nn
 
 from sb3_trpo import NPG, TRPO, CnnPolicy, MaskableTRPO, MlpPolicy, MultiInputPolicy, RecurrentTRPO
+from sb3_trpo.npg import LINE_SEARCH_ARGUMENTS
 
 NAN, INF = float("nan"), float("inf")
 ALGORITHMS = [(TRPO, "MlpPolicy"), (NPG, "MlpPolicy"), (RecurrentTRPO, "MlpLstmPolicy"), (MaskableTRPO, "MlpPolicy")]
@@ -54,6 +55,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "n_policy_updates": NO_COUNT,
     "policy_batch_size": (0, -1, 1.5, "3", True, NAN),
     "line_search_accept_ratio": NO_FRACTION,
+    "max_state_kl": (0, 0.0, -0.01, NAN, INF, "0.1", True),
     "curvature_batch_size": (0, -1, 1.5, "3", True, NAN),
     "return_scaling": (None, 1, 0, "yes"),
     "action_bound": ("", "Tanh", "scale", True, 0),
@@ -113,6 +115,7 @@ def test_every_argument_is_kept_under_its_name() -> None:
         "n_policy_updates": 2,
         "policy_batch_size": 5,
         "line_search_accept_ratio": 0.1,
+        "max_state_kl": 0.5,
         "return_scaling": True,
         "curvature_batch_size": 6,
     }
@@ -368,7 +371,7 @@ def test_missing_and_doubled_arguments_are_pythons_type_error() -> None:
 
 @pytest.mark.parametrize(("algorithm", "policy"), ALGORITHMS)
 def test_signature_is_complete(algorithm: type[TRPO], policy: str) -> None:
-    removed = {name for name in parameters(TRPO) if algorithm is NPG and name.startswith("line_search")}
+    removed = set(LINE_SEARCH_ARGUMENTS) if algorithm is NPG else set()
     ours, trpos = parameters(algorithm), parameters(TRPO)
     assert set(trpos) - removed == set(ours) - {"actor_step_size"}
     changed = {name for name in set(trpos) - removed if ours[name].default != trpos[name].default}

@@ -56,8 +56,8 @@ def conjugate_gradient(
     Numerical Optimization, algorithm 5.3.
 
     Also stops where rounding allows no more: at a residual below the machine epsilon ε, or at one 1/√ε times above the
-    least, and then returns to the iterate of the least. An ``M`` that is not positive and finite at b is replaced by the
-    identity.
+    least, and then returns to the iterate of the least. An ``M`` that is not positive and finite at b or at the first
+    residual, or not finite later, is replaced by the identity: one that is not symmetric may be so.
 
     :param A: v ↦ A v, symmetric positive definite
     :param b: right-hand side, shape ``(n,)``
@@ -103,6 +103,9 @@ def _iterate(
         rz_new = r.dot(z)
         # The stopping rule needs two numbers, read together: on a GPU this is the iteration's only wait for the device.
         curvature_read, rz_read = th.stack([curvature, rz_new]).tolist()
+        is_useless = not math.isfinite(rz_read) or (rz_read < 0.0 and now.iterations == 0)
+        if M is not None and is_useless and 0.0 < curvature_read < math.inf:
+            return _iterate(A, None, start, start.r, max_iter, rtol)
         if curvature_read <= 0.0 or rz_read < 0.0:
             return CGStatus.NONPOSITIVE_CURVATURE, now
         if not (math.isfinite(curvature_read) and math.isfinite(rz_read)):

@@ -25,14 +25,16 @@ class LineSearchStatus(str, Enum):
 
 class Evaluation(NamedTuple):
     """
-    The two functions of the constrained problem, at one θ.
+    The functions of the constrained problem, at one θ.
 
     :param objective: L(θ), the surrogate objective
     :param kl: D̄_KL(θ_old, θ), the mean joint KL in nats
+    :param max_state_kl: the largest joint KL in one state of the rollout, in nats
     """
 
     objective: float
     kl: float
+    max_state_kl: float = 0.0
 
 
 class LineSearchResult(NamedTuple):
@@ -115,6 +117,7 @@ def backtracking_line_search(
     start: Evaluation,
     *,
     target_kl: float,
+    max_state_kl: float | None = None,
     shrink: float,
     max_iter: int,
     min_improvement: float = 0.0,
@@ -133,6 +136,7 @@ def backtracking_line_search(
     :param evaluate: fraction ↦ objective and KL at θ + fraction·βs (it leaves the parameters there)
     :param start: the point at θ, inside the trust region
     :param target_kl: δ in nats; the bound holds with equality allowed
+    :param max_state_kl: bound on the KL in any one state, in nats; it holds in the same way. None for none
     :param shrink: α, in (0, 1)
     :param max_iter: bound on the number of points tried
     :param min_improvement: least improvement of the objective by the full step, and by a fraction of it in proportion; it
@@ -142,16 +146,19 @@ def backtracking_line_search(
     :return: the accepted point, or a rejection; the caller restores θ then
     """
     fraction = first
+    state_bound = math.inf if max_state_kl is None else max_state_kl
     for backtracks in range(max_iter):
         point = evaluate(fraction)
         improvement = point.objective - start.objective
         # A NaN fails every comparison, an infinite objective is no improvement that can be trusted.
-        if point.kl <= target_kl and 0.0 < improvement < math.inf and improvement >= fraction * min_improvement:
+        kls = ((start.kl, point.kl, target_kl), (start.max_state_kl, point.max_state_kl, state_bound))
+        is_inside = all(kl <= bound for _, kl, bound in kls)
+        if is_inside and 0.0 < improvement < math.inf and improvement >= fraction * min_improvement:
             return LineSearchResult(LineSearchStatus.ACCEPTED, fraction, backtracks, point)
-        if target_kl < point.kl < math.inf:
-            chord = (target_kl - start.kl) / (point.kl - start.kl)
+        if not is_inside and math.isfinite(point.kl) and math.isfinite(point.max_state_kl):
+            chord = min((bound - first) / (kl - first) for first, kl, bound in kls if kl > bound)
             fraction *= 0.99 * (chord if backtracks >= max_iter - 3 and start.kl > 0.0 else math.sqrt(chord))
-        elif not point.kl < math.inf:
+        elif not is_inside:
             fraction *= min(shrink, 0.1)
         else:
             missing = fraction * slope - improvement

@@ -231,16 +231,17 @@ class Surrogate(RolloutObjective):
         """
         Objective and KL at the current θ.
 
-        :return: L(θ) and D̄_KL(θ_old, θ)
+        :return: L(θ), D̄_KL(θ_old, θ) and the largest KL in a state
         """
         self._has_moved = True
-        totals = self._zeros(2)
+        totals, largest = self._zeros(2), self._zeros(self.ranks.size)  # one place a process: a sum gives all of them
         for chunk, old in zip(self._chunks, self._old, strict=True):
             new = self.forward(chunk)
-            kl = chunk.weights.dot(joint_kl(old.components, new.components))
-            totals += th.stack([self._objective(chunk, old, new), kl])
-        objective, kl_value = self.ranks.sum(totals).tolist()
-        return Evaluation(objective, kl_value)
+            kl = joint_kl(old.components, new.components)
+            totals += th.stack([self._objective(chunk, old, new), chunk.weights.dot(kl)])
+            largest[self.ranks.rank] = th.maximum(largest[self.ranks.rank], kl.where(chunk.mask, 0.0).max())
+        objective, mean_kl, *state_kls = self.ranks.sum(th.cat([totals, largest])).tolist()
+        return Evaluation(objective, mean_kl, max(state_kls))
 
     def start(self) -> Evaluation:
         """

@@ -1,10 +1,14 @@
 """Running statistics of batch normalization: each update moves them with its rollout, and nothing else does."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch as th
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from sb3_trpo.optim.batch import Inputs, RolloutBatch
 from sb3_trpo.optim.line_search import Evaluation
@@ -32,7 +36,8 @@ def track(
     """
     Move running statistics toward those of a rollout, by the layers' own momentum, in one pass.
 
-    The layers are in training mode for it; everything else stays as it is.
+    The layers stay in evaluation mode, so that chunks, processes and padding change nothing: each sees the inputs that it has
+    when the policy acts.
 
     :param layers: normalization layers
     :param function: observations ↦ anything that is computed with some of the layers
@@ -40,19 +45,62 @@ def track(
     :param chunk_size: most states in one forward pass; None for all
     :return: the layers that the function has used
     """
-    used: list[_NormBase] = []
-    handles = [layer.register_forward_pre_hook(lambda layer, _: used.append(layer)) for layer in layers]
-    for layer in layers:
-        layer.train()
+    calls: dict[_NormBase, list[th.Tensor]] = {layer: [] for layer in layers}
     for chunk in batch.chunks(chunk_size):
-        if chunk.n_states > 1:  # one state has no variance
+        keep = partial(_keep_moments, calls, chunk.weights > 0)
+        with ExitStack() as hooks:
+            for layer in layers:
+                hooks.enter_context(layer.register_forward_pre_hook(keep, with_kwargs=True))
             function(chunk.inputs)
-    for layer, handle in zip(layers, handles, strict=True):
-        layer.eval()
-        handle.remove()
-    for buffer in statistics(layers):
-        buffer.copy_(batch.ranks.sum(buffer * batch.weights.sum()))
-    return [layer for layer in layers if layer in used]
+    used = [layer for layer in layers if calls[layer]]
+    for layer in used:
+        here = _pooled(layer, th.stack(calls[layer]))
+        _move(layer, *_pooled(layer, batch.ranks.gather(here)))
+    return used
+
+
+def _keep_moments(
+    calls: dict[_NormBase, list[th.Tensor]], is_real: th.Tensor, layer: _NormBase, args: tuple[th.Tensor, ...], kwargs: Any
+) -> None:
+    """Append count, mean and variance of a layer's inputs, shape ``(3, n_features)``, without the states of padding."""
+    assert layer.running_mean is not None
+    inputs = (args[0] if args else kwargs["input"]).to(layer.running_mean.dtype)
+    inputs = inputs[is_real] if len(inputs) == len(is_real) and not bool(is_real.all()) else inputs
+    if not len(inputs):
+        return
+    if isinstance(layer, _InstanceNorm):  # the mean over instances of the moments of each
+        instances = inputs.reshape(-1, layer.num_features, inputs[0, 0].numel()) if inputs.ndim > 2 else inputs.unsqueeze(0)
+        variance, mean = (each.mean(dim=0) for each in th.var_mean(instances, dim=2))
+        count = len(instances)
+    else:
+        variance, mean = th.var_mean(inputs.transpose(0, 1).flatten(1), dim=1, correction=0)
+        count = inputs.numel() // layer.num_features
+    calls[layer].append(th.stack([th.full_like(mean, count), mean, variance]))
+
+
+def _pooled(layer: _NormBase, parts: th.Tensor) -> th.Tensor:
+    """Moments of all values from those of their parts. Source: Chan, Golub & LeVeque 1983, equation 2.1."""
+    counts, means, variances = parts.unbind(dim=1)
+    shares = counts / counts.sum(dim=0)
+    mean = means[0] + (shares * (means - means[0])).sum(dim=0)
+    spread = 0.0 if isinstance(layer, _InstanceNorm) else (means - mean).square()
+    return th.stack([counts.sum(dim=0), mean, (shares * (variances + spread)).sum(dim=0)])
+
+
+def _move(layer: _NormBase, counts: th.Tensor, mean: th.Tensor, variance: th.Tensor) -> None:
+    """Do what the layer does in training mode, from the moments of its inputs."""
+    count = float(counts[0])
+    if isinstance(layer, _InstanceNorm):
+        momentum = layer.momentum or 0.0
+    elif count > 1:  # one value has no variance
+        variance = variance * (count / (count - 1.0))
+        assert layer.num_batches_tracked is not None
+        layer.num_batches_tracked += 1
+        momentum = 1.0 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
+    else:
+        return
+    for buffer, target in zip(statistics([layer]), (mean, variance), strict=True):
+        buffer.lerp_(target, momentum)
 
 
 class RunningStatistics:

@@ -79,7 +79,7 @@ class Summary:
 
 
 #: Statistics of the whole update, however many steps it takes: the last value counts, not the mean.
-OF_UPDATE = frozenset({"policy_objective", "kl_divergence_loss"})
+OF_UPDATE = frozenset({"policy_objective", "kl_divergence_loss", "max_state_kl"})
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,6 +92,7 @@ class UpdateStats:
 
     :param policy_objective: L(θ) on the whole rollout after the step
     :param kl_divergence_loss: mean joint KL(π_old ‖ π_θ) on the whole rollout after the step, in nats
+    :param max_state_kl: the largest joint KL(π_old ‖ π_θ) in one state of the rollout after the step, in nats
     :param step_length: αʲβ, multiple of the direction s
     :param expected_improvement: αʲβgᵀs
     :param actual_improvement: increase of L(θ) by the step
@@ -105,6 +106,7 @@ class UpdateStats:
 
     policy_objective: Summary
     kl_divergence_loss: Summary
+    max_state_kl: Summary
     step_length: Summary
     expected_improvement: Summary
     actual_improvement: Summary
@@ -128,6 +130,7 @@ class UpdateStats:
         return cls(
             policy_objective=Summary.of([step.search.point.objective for step in steps]),
             kl_divergence_loss=Summary.of([step.search.point.kl for step in steps]),
+            max_state_kl=Summary.of([step.search.point.max_state_kl for step in steps]),
             step_length=Summary.of([step.search.fraction * step.length for step in steps]),
             expected_improvement=Summary.of([step.search.fraction * step.expected for step in steps]),
             actual_improvement=Summary.of([step.search.point.objective - step.start.objective for step in steps]),

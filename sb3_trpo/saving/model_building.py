@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from sb3_trpo.errors import CorruptCheckpointError, UntrustedFileError, short, warn_user
 from sb3_trpo.saving.attribute_rules import allowed_attributes, is_plain_name, is_users_data
 from sb3_trpo.saving.model_file import ModelFile
+from sb3_trpo.saving.optimizer_state import check_optimizer
 
 #: A rollout buffer of more bytes than this needs ``trust``, or an ``n_steps`` of the user's.
 MAX_BUFFER_BYTES = 2**32
@@ -146,6 +147,7 @@ def build_model(cls: Any, file: ModelFile, env: VecEnv | None, device: Any, forc
         what = f"it has parameters of {[short(name, 50) for name in file.parameters][:10]}, and the model has {needed}"
         raise CorruptCheckpointError(file.path, None, what)
     model.set_parameters(file.parameters, exact_match=True, device=device)
+    check_optimizer(model.policy.optimizer, file.path, "policy.optimizer.pth")
     for name, tensor in file.variables.items():
         if name in variables:
             getattr(model, name).data = tensor.to(model.device)

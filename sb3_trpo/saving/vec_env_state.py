@@ -1,7 +1,7 @@
 """The states of all environments in a vectorized one, in this process or in workers, and of the wrappers around it."""
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
@@ -43,7 +43,10 @@ def capture_all(venv: VecEnv) -> list[bytes]:
             f"the environments in {type(innermost).__name__} are out of reach: wrap each in sb3_trpo.ResumableEnv"
         )
     states = _call_workers(innermost, "get_state")
-    return [pickle.dumps([{"class": IN_WORKER, "state": state}]) for state in states]
+    try:
+        return [pickle.dumps([{"class": IN_WORKER, "state": state}]) for state in states]
+    except Exception as error:
+        raise StateUnavailableError(f"what get_state() returned cannot be pickled ({error})") from error
 
 
 def restore_all(venv: VecEnv, states: Sequence[bytes], trust: bool = False) -> None:
@@ -79,25 +82,36 @@ def restore_all(venv: VecEnv, states: Sequence[bytes], trust: bool = False) -> N
 
 
 def _is_resumable(venv: VecEnv) -> bool:
-    try:
-        return all(venv.env_is_wrapped(ResumableEnv)) and _has_attributes(venv, "try_get_state")
-    except NotImplementedError:
-        return False
+    return all(_ask(venv, [False], venv.env_is_wrapped, ResumableEnv)) and _has_attributes(venv, "try_get_state")
 
 
 def _has_attributes(venv: VecEnv, *names: str) -> bool:
+    return all(_ask(venv, False, venv.has_attr, name) for name in names)
+
+
+def _ask(venv: VecEnv, default: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a method of a vectorized environment, which may be the user's own and lack it; what it lacks is ``default``."""
     try:
-        return all(venv.has_attr(name) for name in names)
-    except (AttributeError, NotImplementedError):
-        return False
+        return function(*args)
+    except WorkerError:
+        raise
+    except (EOFError, ConnectionError) as error:
+        raise WorkerError(range(venv.num_envs), "ended when asked for its state") from error
+    except Exception:  # noqa: BLE001 - it may raise anything
+        return default
 
 
 def _call_workers(venv: VecEnv, method: str, *args: Any, indices: int | None = None) -> list[Any]:
     try:
         return venv.env_method(method, *args, indices=indices)
+    except WorkerError:
+        raise
     except (EOFError, ConnectionError) as error:
         broken = range(venv.num_envs) if indices is None else [indices]
         raise WorkerError(broken, f"ended in {method}(); wrapped in sb3_trpo.ResumableEnv, it says why") from error
+    except Exception as error:
+        kind = StateUnavailableError if method == "get_state" else MismatchError
+        raise kind(f"{method}() of the environments in {type(venv).__name__} raised {error!r}") from error
 
 
 def _own_state(contents: bytes, trust: bool) -> Any:

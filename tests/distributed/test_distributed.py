@@ -121,6 +121,17 @@ class Cast(FlattenExtractor):
         return super().forward(observations).to(self.like.dtype)
 
 
+class Normed(Cast):
+    """Normalizes by running statistics."""
+
+    def __init__(self, observation_space: gym.Space) -> None:
+        super().__init__(observation_space)
+        self.norm = th.nn.BatchNorm1d(self.features_dim)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.norm(super().forward(observations))
+
+
 class Masked(gym.Env):
     """Short episodes; an action that depends on the step is forbidden."""
 
@@ -146,12 +157,14 @@ UPDATES: dict[str, tuple[type[TRPO], Any, dict[str, Any]]] = {
     "chunks": (TRPO, "Pendulum-v1", {"max_batch_size": 20, "target_kl": 0.01}),
     "discrete": (TRPO, "CartPole-v1", {"ent_coef": 0.01, "normalize_advantage": False}),
     "several_steps": (TRPO, "Pendulum-v1", {"n_policy_updates": 2, "line_search_accept_ratio": 0.1}),
+    "state_kl": (TRPO, "Pendulum-v1", {"max_state_kl": 0.02}),
     "gsde": (TRPO, "Pendulum-v1", {"use_sde": True, "cg_preconditioner": None}),
     "scaled_returns": (TRPO, "Pendulum-v1", {"return_scaling": True, "n_critic_steps": 2}),
     "minibatches": (TRPO, "Pendulum-v1", {"critic_method": "minibatch", "batch_size": 10**6, "n_critic_updates": 3}),
     "npg": (NPG, "Pendulum-v1", {}),
     "recurrent": (RecurrentTRPO, "CartPole-v1", {}),
     "maskable": (MaskableTRPO, Masked, {}),
+    "batch_norm": (TRPO, "Pendulum-v1", {"max_batch_size": 20}),
 }
 LSTM = {"lstm_hidden_size": 6, "net_arch": [5]}
 
@@ -164,6 +177,7 @@ def alone(algorithm: type[TRPO]) -> type[TRPO]:
 def make(name: str, n_envs: int, seed: int = 0, *, is_alone: bool = False, **kwargs: Any) -> TRPO:
     algorithm, env, arguments = UPDATES[name]
     recurrent = algorithm is RecurrentTRPO
+    extractor = Normed if name == "batch_norm" else Cast
     algorithm = alone(algorithm) if is_alone else algorithm
     return algorithm(
         "MlpLstmPolicy" if recurrent else "MlpPolicy",
@@ -171,7 +185,7 @@ def make(name: str, n_envs: int, seed: int = 0, *, is_alone: bool = False, **kwa
         n_steps=N_STEPS,
         seed=seed,
         device="cpu",
-        policy_kwargs={"features_extractor_class": Cast, **(LSTM if recurrent else {"net_arch": [8]})},
+        policy_kwargs={"features_extractor_class": extractor, **(LSTM if recurrent else {"net_arch": [8]})},
         **{**arguments, **kwargs},
     )
 
@@ -184,6 +198,11 @@ def cut(buffer: Any, whole: Any, envs: slice, dtype: Any) -> None:
             part = array[(slice(None),) * axis + (envs,)]
             setattr(buffer, name, part.astype(dtype) if part.dtype.kind == "f" else part)
     buffer.full, buffer.pos = True, whole.pos
+
+
+def numbers(policy: th.nn.Module) -> th.Tensor:
+    """Parameters and running statistics."""
+    return flatten([tensor for tensor in policy.state_dict().values() if tensor.is_floating_point()])
 
 
 def update(name: str, shares: list[int], dtype: th.dtype) -> dict[str, np.ndarray]:
@@ -208,10 +227,10 @@ def update(name: str, shares: list[int], dtype: th.dtype) -> dict[str, np.ndarra
         model.train()
         log = model.logger.name_to_value
         logs[kind] = np.array([log[f"train/{key}"] for key in COMPARED])
-    moved = flatten(whole.policy.parameters()) - flatten(make(name, 1).policy.parameters()).to(dtype)
+    moved = numbers(whole.policy) - numbers(make(name, 1).policy).to(dtype)
     return {
-        "own": flatten(own.policy.parameters()).detach().numpy(),
-        "whole": flatten(whole.policy.parameters()).detach().numpy(),
+        "own": numbers(own.policy).detach().numpy(),
+        "whole": numbers(whole.policy).detach().numpy(),
         "moved": moved.detach().numpy(),
         "own_log": logs["own"],
         "whole_log": logs["whole"],

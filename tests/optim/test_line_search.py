@@ -74,14 +74,15 @@ REFUSED = {
     "objective_nan": Evaluation(NAN, 0.05),
     "objective_inf": Evaluation(INF, 0.05),
     "objective_minus_inf": Evaluation(-INF, 0.05),
-    "all_nan": Evaluation(NAN, NAN),
+    "all_nan": Evaluation(NAN, NAN, NAN),
+    "state_kl_nan": Evaluation(2.0, 0.05, NAN),
 }
 
 
 @pytest.mark.parametrize("refused", REFUSED.values(), ids=REFUSED)
 def test_backtracks_past_a_point_that_will_not_do(refused):
     result, fractions = search([refused, refused, GOOD])
-    factor = 0.5 if math.isfinite(refused.kl) else 0.1
+    factor = 0.5 if math.isfinite(refused.kl) and math.isfinite(refused.max_state_kl) else 0.1
     assert fractions == pytest.approx([1.0, factor, factor**2])
     assert result == LineSearchResult(LineSearchStatus.ACCEPTED, fractions[-1], 2, GOOD)
 
@@ -134,6 +135,22 @@ def test_boundary_is_reached_to_two_percent_where_the_kl_is_quadratic():
     assert 0.98 * TARGET_KL <= kls[-1] <= TARGET_KL
 
 
+def test_point_with_too_large_a_kl_in_one_state_is_followed_by_the_boundary_of_that_kl():
+    """The mean KL would allow √(0.1/0.16) of the step, the largest KL in a state a quarter."""
+    point = Evaluation(2.0, 0.16, max_state_kl=16.0)
+    result, fractions = search_from(START, [point, GOOD], max_state_kl=1.0)
+    assert fractions == pytest.approx([1.0, 0.99 * 0.25])
+    assert result.outcome is LineSearchStatus.ACCEPTED
+    _, fractions = search_from(START, [point, GOOD])
+    assert fractions == pytest.approx([1.0, 0.99 * math.sqrt(TARGET_KL / 0.16)])
+
+
+def test_kl_in_one_state_may_equal_its_bound():
+    at_bound, above = Evaluation(2.0, 0.05, 1.0), Evaluation(2.0, 0.05, math.nextafter(1.0, 2.0))
+    assert search_from(START, [at_bound], max_state_kl=1.0)[0].backtracks == 0
+    assert search_from(START, [above, GOOD], max_state_kl=1.0)[0].backtracks == 1
+
+
 def test_first_point_that_will_do_is_taken_not_the_best():
     better = Evaluation(5.0, 0.05)
     assert search([GOOD, better])[0].point == GOOD
@@ -149,7 +166,7 @@ def test_kl_may_equal_its_bound():
 def test_rejects_after_the_last_try_with_the_start_point(refused):
     result, fractions = search([refused] * 3, max_iter=3)
     assert result == LineSearchResult(LineSearchStatus.REJECTED, 0.0, 3, START)
-    factor = 0.5 if math.isfinite(refused.kl) else 0.1
+    factor = 0.5 if math.isfinite(refused.kl) and math.isfinite(refused.max_state_kl) else 0.1
     assert fractions == pytest.approx([1.0, factor, factor**2])
 
 

@@ -59,13 +59,14 @@ def test_values_by_hand(by_hand):
     assert point.objective == pytest.approx(0.25 * (0.8 / 0.5) * 2.0 + 0.75 * (0.6 / 0.5) * -1.0)
     expected_kl = 0.25 * stats.entropy([0.5, 0.5], [0.8, 0.2]) + 0.75 * stats.entropy([0.5, 0.5], [0.4, 0.6])
     assert point.kl == pytest.approx(expected_kl)
+    assert point.max_state_kl == pytest.approx(stats.entropy([0.5, 0.5], [0.8, 0.2]))
 
 
 def test_gradient_and_start_by_hand(by_hand):
     _logits, surrogate = by_hand
     # ∂ log softmax / ∂ logits = (1, 0) − p, times the weight and the advantage
     assert surrogate.gradient().tolist() == pytest.approx([0.25, -0.25, 0.375, -0.375])
-    assert surrogate.start() == pytest.approx((0.25 * 2.0 + 0.75 * -1.0, 0.0))
+    assert surrogate.start() == pytest.approx((0.25 * 2.0 + 0.75 * -1.0, 0.0, 0.0))
     assert surrogate.entropy == pytest.approx(np.log(2.0))
 
 
@@ -266,7 +267,7 @@ def test_gradient_and_objective_with_an_entropy_bonus(case, chunk_size):
     start = surrogate.start()
     assert start.objective == pytest.approx(objective_by_hand(case, old_log_prob).item(), rel=1e-12)
     assert start.objective == pytest.approx(case.surrogate().start().objective + C * surrogate.entropy, rel=1e-12)
-    assert start == surrogate.evaluate()._replace(kl=0.0)
+    assert start == surrogate.evaluate()._replace(kl=0.0, max_state_kl=0.0)
     move(case)
     assert surrogate.evaluate().objective == pytest.approx(objective_by_hand(case, old_log_prob).item(), rel=1e-10)
     assert surrogate.evaluate().kl > 1e-3

@@ -1,5 +1,8 @@
 """Running statistics of batch normalization move with the rollout, and by no more than the trust region allows."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch as th
 from torch import nn
@@ -34,8 +37,34 @@ def test_everything_is_in_evaluation_mode_before_and_after():
     modes = []
     net[1].register_forward_hook(lambda module, *_: modes.append(module.training))
     track(tracking_layers(net), net, rollout(), 8)
-    assert modes == [False] * 3
+    assert modes == [False] * 3  # three chunks
     assert not any(module.training or module._forward_pre_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 8])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_chunks_and_padding_move_nothing_else(chunk_size, momentum):
+    """Every layer, whatever it normalizes, gets the statistics of all states that count."""
+    images, batch = 3.0 + th.randn(20, 4, 5, generator=th.Generator().manual_seed(1)), rollout()
+    padded = replace(batch, inputs=images, weights=th.cat([batch.weights[:14], th.zeros(6)]))
+    nets = []
+    for part, size in ((padded, chunk_size), (padded.select(slice(14)), None)):
+        layers = [nn.BatchNorm1d(4, momentum=momentum), nn.InstanceNorm1d(4, track_running_stats=True)]
+        net = nn.Sequential(layers[0], nn.Tanh(), layers[1]).eval()
+        for _ in range(2):
+            assert track(tracking_layers(net), lambda inputs, net=net: net[2](input=net[:2](inputs)), part, size) == layers
+        nets.append(net)
+    for (name, found), expected in zip(nets[0].state_dict().items(), nets[1].state_dict().values(), strict=True):
+        th.testing.assert_close(found, expected, msg=name)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, partial(nn.InstanceNorm1d, track_running_stats=True)])
+def test_statistics_are_those_that_torch_tracks(kind):
+    values = 3.0 + th.randn(20, 4, 5, generator=th.Generator().manual_seed(1))
+    ours, torchs = kind(4).eval(), kind(4)
+    track([ours], ours, replace(rollout(), inputs=values), 7)
+    torchs(values)
+    th.testing.assert_close(ours.state_dict(), torchs.state_dict())
 
 
 def test_layers_that_the_function_does_not_use_are_left_out():

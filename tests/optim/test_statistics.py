@@ -34,7 +34,7 @@ def solution(iterations: int, residual: float) -> CGResult:
 
 def test_figures_of_two_steps_by_hand() -> None:
     """The first step goes half of its way, the second is refused."""
-    start, middle = Evaluation(1.0, 0.0), Evaluation(1.3, 0.02)
+    start, middle = Evaluation(1.0, 0.0), Evaluation(1.3, 0.02, 0.4)
     steps = [
         PolicyStep(start, 2.0, solution(5, 0.1), 0.4, 0.8, LineSearchResult(LineSearchStatus.ACCEPTED, 0.5, 1, middle)),
         PolicyStep(middle, 3.0, solution(7, 0.3), 0.2, 0.1, LineSearchResult(LineSearchStatus.REJECTED, 0.0, 10, middle)),
@@ -43,6 +43,7 @@ def test_figures_of_two_steps_by_hand() -> None:
     by_hand = {
         "policy_objective": [1.3, 1.3],
         "kl_divergence_loss": [0.02, 0.02],
+        "max_state_kl": [0.4, 0.4],
         "step_length": [0.5 * 0.4, 0.0],
         "expected_improvement": [0.5 * 0.8, 0.0],
         "actual_improvement": [0.3, 0.0],

@@ -56,6 +56,12 @@ class FailsToGet(Described):
     fails = "get"
 
 
+class FailsToLook(gym.Wrapper):
+    @property
+    def get_state(self) -> Any:
+        raise RuntimeError("no world yet")
+
+
 class FailsToSet(Described):
     fails = "set"
 
@@ -198,13 +204,80 @@ def test_resume_in_workers_out_of_reach_says_what_to_wrap(tmp_path: Path) -> Non
     other.close()
 
 
-def test_get_state_that_raises_in_a_bare_worker_names_the_remedy(tmp_path: Path) -> None:
-    env = bare_workers(FailsToGet)
+@pytest.mark.parametrize(
+    ("wrapper", "message"), [(FailsToGet, r"get_state\(\).*ResumableEnv"), (FailsToLook, "when asked for its state")]
+)
+def test_get_state_that_raises_in_a_bare_worker_names_the_remedy(wrapper: Any, message: str, tmp_path: Path) -> None:
+    env = bare_workers(wrapper)
     model = make(env).learn(N_STEPS * N_ENVS)
-    with pytest.raises(WorkerError, match=r"get_state\(\).*ResumableEnv"):
+    with pytest.raises(WorkerError, match=message):
         model.save_checkpoint(tmp_path / "checkpoint.zip")
     for process in env.processes:
         process.join()
+
+
+class OwnVecEnv(VecEnv):
+    """A vectorized environment of the user's own, whose environments are out of reach; what is asked of them may raise."""
+
+    def __init__(self, *fails: str, state: Any = 1) -> None:
+        self.inner, self.state = dummy(), state
+        self.fails: tuple[str, ...] = ()
+        super().__init__(N_ENVS, self.inner.observation_space, self.inner.action_space)
+        self.fails = fails
+
+    def reset(self) -> Any:
+        return self.inner.reset()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.inner.step_async(actions)
+
+    def step_wait(self) -> Any:
+        return self.inner.step_wait()
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise NotImplementedError
+
+    def _ask(self, name: str, answer: Any) -> Any:
+        if name in self.fails:
+            raise RuntimeError(f"{name} failed")
+        return [answer] * N_ENVS
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> Any:
+        return self._ask("env_is_wrapped", answer=False)
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> Any:
+        return self._ask("get_attr", answer=len)
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> Any:
+        return self._ask(method_name, self.state)
+
+
+@pytest.mark.parametrize(
+    ("venv", "reason"),
+    [
+        (lambda: OwnVecEnv("env_is_wrapped", "get_attr"), "out of reach"),
+        (lambda: OwnVecEnv("get_attr"), "out of reach"),
+        (lambda: OwnVecEnv("get_state"), r"get_state\(\).*get_state failed"),
+        (lambda: OwnVecEnv(state=lambda: 1), "cannot be pickled"),
+    ],
+)
+def test_checkpoint_of_vectorized_environments_that_raise_ends_no_training(
+    venv: Callable[[], VecEnv], reason: str, tmp_path: Path
+) -> None:
+    model = write(venv(), tmp_path / "checkpoint.zip")
+    model.learn(N_STEPS * N_ENVS, reset_num_timesteps=False)
+    with pytest.warns(UserWarning, match=reason):
+        TRPO.resume(tmp_path / "checkpoint.zip", venv(), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["env_is_wrapped", "get_attr", "set_state"])
+def test_resume_into_vectorized_environments_that_raise_is_a_mismatch(name: str, tmp_path: Path) -> None:
+    write(OwnVecEnv(), tmp_path / "checkpoint.zip")
+    with pytest.raises(MismatchError, match="set_state failed" if name == "set_state" else "out of reach"):
+        TRPO.resume(tmp_path / "checkpoint.zip", OwnVecEnv(name, "get_attr" if name == "env_is_wrapped" else ""), device="cpu")
 
 
 @pytest.mark.parametrize("member", ["policy.pth", "data", "sb3_trpo_resume.pkl", "vec_normalize.npz"])
