@@ -6,7 +6,8 @@ Returns and CPU seconds of algorithms and settings on a few tasks, study by stud
 
 Each run is a process with one thread and adds a row to ``results/STUDY.csv`` when it ends: the mean and standard deviation of
 the deterministic policy's return at the end, CPU seconds of ``learn`` and of the updates in it, the variance of returns that
-the critic explained in the last quarter of the updates, and how many of 10,000 sampled actions the masks forbid.
+the critic explained in the last quarter of the updates, and how many of 10,000 sampled actions the masks forbid. Where a study
+evaluates during training too, ``results/STUDY_curves.csv`` has these evaluations.
 """
 
 import study  # isort: skip  (first: one thread)
@@ -23,13 +24,14 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd
 import torch as th
+from returns import Evaluation, seconds_to
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization
 from studies import STUDIES, Case
-from study import FinalEvaluation, Run
+from study import Evaluations, FinalEvaluation, Run
 
 RESULTS = Path(__file__).parent / "results"
 N_SAMPLED = 10_000
@@ -59,13 +61,14 @@ def train(run: Run, name: str) -> FinalEvaluation:
     th.set_num_threads(1)
     case = STUDIES[name]()[run.cell, run.env]
     env, eval_env = make_env(case, run.env, run.seed), make_env(case, run.env, run.seed + 1_000)
+    if isinstance(eval_env, VecNormalize):
+        eval_env.training = eval_env.norm_reward = False
     model = watched(case.algorithm)(env=env, seed=run.seed, device="cpu", **case.settings)
-    start = time.process_time()
-    model.learn(run.steps)
-    cpu_seconds = time.process_time() - start
+    evaluations = Evaluations(run, case.n_evals)
+    model.learn(run.steps, callback=Evaluation(evaluations, eval_env) if case.n_evals else None)
+    cpu_seconds = evaluations.cpu_seconds
     if isinstance(eval_env, VecNormalize):
         sync_envs_normalization(env, eval_env)
-        eval_env.training = eval_env.norm_reward = False
     masked = is_masking_supported(eval_env)
     returns, _ = evaluate_policy(
         model, eval_env, case.n_eval_episodes, return_episode_rewards=True, use_masking=masked, warn=False
@@ -75,7 +78,7 @@ def train(run: Run, name: str) -> FinalEvaluation:
         "explained_variance": round(float(np.mean(model.explained[-len(model.explained) // 4 :])), 3),
         "invalid_actions": count_invalid(model, eval_env) if masked else "",
     }
-    return FinalEvaluation(run, returns, cpu_seconds, more)
+    return FinalEvaluation(run, returns, cpu_seconds, more, evaluations.points)
 
 
 def count_invalid(model: OnPolicyAlgorithm, env: VecEnv) -> int:
@@ -105,8 +108,19 @@ def print_table(runs: list[Run], out: Path, interquartile: bool) -> None:
             seconds = f"{group.cpu_seconds.mean():8.1f}{group.train_seconds.mean():11.1f}"
             line = f"{env:34}{cell:46}{steps:8}{len(group):6}{spreads}{seconds}{group.invalid_actions.sum(min_count=1):8.0f}"
             print(line.replace("nan", "   "))
+    if study.curves_path(out).exists():
+        print_seconds_to_peer(rows, pd.read_csv(study.curves_path(out)))
     if interquartile:
         print_interquartile_means(rows)
+
+
+def print_seconds_to_peer(rows: pd.DataFrame, curves: pd.DataFrame) -> None:
+    """Print the CPU seconds until each cell's evaluations reached the mean final return of each other cell of its task."""
+    finals = rows.groupby(["env", "cell"]).final_return.mean()
+    print(f"\n{'task':34}{'cell':46}{'CPU s to the final return of':34}")
+    for (env, cell), group in curves.groupby(["env", "cell"]):
+        for peer, level in finals[env].drop(cell, errors="ignore").items():
+            print(f"{env:34}{cell:46}{f'{peer}, {level:.2f}':34}{seconds_to(group, level)}")
 
 
 def spread(values: pd.Series) -> str:

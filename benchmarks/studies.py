@@ -32,6 +32,7 @@ class Case(NamedTuple):
     :param make: makes one environment; None for ``gym.make`` with the name of the task
     :param normalize: use ``VecNormalize``
     :param n_eval_episodes: deterministic episodes at the end
+    :param n_evals: evaluations during training; None for none
     """
 
     algorithm: type[OnPolicyAlgorithm]
@@ -41,6 +42,7 @@ class Case(NamedTuple):
     make: Callable[[], gym.Env] | None = None
     normalize: bool = False
     n_eval_episodes: int = 20
+    n_evals: int | None = None
 
 
 #: Cases by name of the cell and of the task.
@@ -203,7 +205,8 @@ def recurrent() -> Study:
             (sb3_trpo.RecurrentTRPO, ours[env], 8),
             (sb3_contrib.RecurrentPPO, ppo[env], ppo_envs),
         ):
-            study[algorithm.__name__, env] = Case(algorithm, {**LSTM, **settings}, steps, n_envs, make, normalize=True)
+            arguments = {**LSTM, **settings}
+            study[algorithm.__name__, env] = Case(algorithm, arguments, steps, n_envs, make, normalize=True, n_evals=10)
     return study
 
 

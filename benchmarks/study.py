@@ -36,11 +36,16 @@ class Run(NamedTuple):
 
 
 class Evaluations:
-    """Evaluations of one run at even intervals, against steps and the CPU seconds of the training alone."""
+    """
+    Evaluations of one run at even intervals, against steps and the CPU seconds of the training alone.
 
-    def __init__(self, run: Run) -> None:
+    :param run: the run
+    :param n_evals: how many; None for one in ``EVAL_INTERVAL`` steps, within bounds
+    """
+
+    def __init__(self, run: Run, n_evals: int | None = None) -> None:
         self.run = run
-        self.interval = run.steps // min(max(run.steps // EVAL_INTERVAL, MIN_EVALS), MAX_EVALS)
+        self.interval = run.steps // (n_evals or min(max(run.steps // EVAL_INTERVAL, MIN_EVALS), MAX_EVALS))
         self.points: list[dict[str, Any]] = []
         self._excluded = 0.0
         self._started = time.process_time()
@@ -83,17 +88,13 @@ class Evaluations:
 
 
 class FinalEvaluation(NamedTuple):
-    """One run with a single evaluation, at its end."""
+    """One run with a thorough evaluation at its end, and perhaps others during training."""
 
     run: Run
     returns: Sequence[float]
     cpu_seconds: float
     more: dict[str, Any]
-
-    @property
-    def points(self) -> list[dict[str, Any]]:
-        """No evaluations during training."""
-        return []
+    points: Sequence[dict[str, Any]] = ()
 
     def row(self) -> dict[str, Any]:
         """Return the row of the run."""
