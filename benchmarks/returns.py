@@ -161,7 +161,7 @@ def settings_of(run: Run, more_cells: dict[str, Any]) -> tuple[type[BaseAlgorith
 class Evaluation(BaseCallback):
     """Evaluates the deterministic policy between updates, once it is due; its average, if there is one."""
 
-    def __init__(self, evaluations: Evaluations, env: VecEnv, average: PolicyAverage | None) -> None:
+    def __init__(self, evaluations: Evaluations, env: VecEnv, average: PolicyAverage | None = None) -> None:
         super().__init__()
         self.evaluations, self.env, self.average = evaluations, env, average
 
