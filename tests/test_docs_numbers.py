@@ -82,8 +82,8 @@ def test_readme_numbers_above_the_fold() -> None:
     target = read_json("trust_region")["settings"]["target_kl"]
     largest = [max(joint_kls("Humanoid-v5", one)) / target for one in ("sb3_trpo", "sb3_contrib")]
     assert_shows(row("README.md", first), largest)
-    first = "Returns: CartPole-v1 after 30,000 steps, mean ± standard deviation of 3 seeds"
-    returns = [mean_std("spaces", one, "CartPole-v1") for one in ("sb3_trpo", "sb3_contrib")]
+    first = "Returns: HalfCheetah-v5 after a million steps, with each one's tuned settings; 5 and 3 seeds"
+    returns = [mean_std("returns", one, "HalfCheetah-v5") for one in ("tuned", "sb3_contrib")]
     assert_shows(row("README.md", first), np.ravel(returns))
 
 
