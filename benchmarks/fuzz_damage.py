@@ -16,6 +16,9 @@ import numpy as np
 from sb3_trpo import TRPO
 from sb3_trpo.saving.unpickling import restricted_loads
 
+#: Where NumPy has what pickles of arrays call, by the name of its version.
+CORE: Any = np._core if hasattr(np, "_core") else np.core
+
 Generator = random.Random
 
 MARKS = [
@@ -209,12 +212,12 @@ def crafted(generator: Generator) -> bytes:
     shape = tuple(generator.choice([0, 1, 2, 4, -1, 2**40]) for _ in range(generator.randrange(3)))
     if kind == 0:
         order = generator.choice([("C",), ("F",), ("K", (0,)), ("K", (1, 0)), ("K", (5, -9)), (7,)])
-        return pickle.dumps(_Call(np._core.numeric._frombuffer, (data, _data_type(generator), shape, *order)))
+        return pickle.dumps(_Call(CORE.numeric._frombuffer, (data, _data_type(generator), shape, *order)))
     if kind == 1:
         state = (1, shape, _data_type(generator), generator.choice([True, False]), generator.choice([data, [data, None]]))
-        return pickle.dumps(_Call(np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), state))
+        return pickle.dumps(_Call(CORE.multiarray._reconstruct, (np.ndarray, (0,), b"b"), state))
     if kind == 2:
-        return pickle.dumps(_Call(np._core.multiarray.scalar, (_data_type(generator), data)))
+        return pickle.dumps(_Call(CORE.multiarray.scalar, (_data_type(generator), data)))
     bits = generator.choice([np.random.MT19937, np.random.Philox, np.random.PCG64, np.random.SFC64])
     state = json.loads(json.dumps(bits(0).state, default=lambda value: value.tolist()))
     inner: Any = state["state"]

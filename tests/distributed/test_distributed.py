@@ -26,6 +26,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from support.tasks import needs_v5
 
 import sb3_trpo.distributed.process_group
 from sb3_trpo import NPG, TRPO, CheckpointCallback, MaskableTRPO, RankError, RecurrentTRPO, latest_checkpoint
@@ -693,6 +694,7 @@ def ends(output: str) -> set[str]:
     return set(re.findall(r"ends with .*", output))
 
 
+@needs_v5
 @pytest.mark.slow
 def test_torchrun_goes_on_from_the_last_checkpoint_after_a_kill(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
@@ -706,6 +708,7 @@ def test_torchrun_goes_on_from_the_last_checkpoint_after_a_kill(tmp_path: Path) 
     assert ends(whole) == ends(killed), killed
 
 
+@needs_v5
 @pytest.mark.slow
 def test_two_nodes_on_loopback_are_as_one(tmp_path: Path) -> None:
     script, port = tmp_path / "train.py", free_port()

@@ -47,7 +47,7 @@ def test_is_plain_of_an_untouched_module():
 @pytest.mark.parametrize("name", CHANGES)
 def test_is_plain_notices(name):
     module = make_module()
-    with pytest.warns(FutureWarning) if name == "old_weight_norm" else nullcontext():
+    with pytest.warns((FutureWarning, UserWarning)) if name == "old_weight_norm" else nullcontext():
         CHANGES[name](module)
     assert not is_plain(module)
 

@@ -13,6 +13,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from support.tasks import v5
 from torch import nn
 
 from sb3_trpo import TRPO
@@ -444,9 +445,7 @@ class TestReproducibility:
         parameters = {name: tensor.numpy() for name, tensor in model.policy.state_dict().items()}
         return {"parameters": parameters, "buffer": contents(model.rollout_buffer), "log": log.lines}
 
-    @pytest.mark.parametrize(
-        ("env_id", "normalize"), [("CartPole-v1", False), ("Pendulum-v1", True), ("HalfCheetah-v5", True)]
-    )
+    @pytest.mark.parametrize(("env_id", "normalize"), [("CartPole-v1", False), ("Pendulum-v1", True), v5("HalfCheetah", True)])
     def test_the_seed_fixes_the_run_bit_for_bit(self, env_id, normalize):
         if "Cheetah" in env_id:
             pytest.importorskip("mujoco")

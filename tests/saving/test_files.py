@@ -183,13 +183,18 @@ def test_numpys_data_types_cannot_be_changed() -> None:
     assert np.dtype("f4").isnative
 
 
+def array_maker() -> Any:
+    """What pickles of arrays call, under its name in this version of NumPy."""
+    return np.empty(0).__reduce__()[0]
+
+
 @pytest.mark.parametrize(
     "bomb",
     [
         pickle.PROTO + b"\x05" + pickle.BYTEARRAY8 + (2**40).to_bytes(8, "little") + b"x.",
         pickle.PROTO + b"\x05" + pickle.LONG_BINPUT + b"\xff\xff\xff\xff.",
         pickle.dumps(Calls(bytearray, 2**40)),
-        pickle.dumps(Calls(np._core.multiarray._reconstruct, np.ndarray, (2**40,), b"b")),
+        pickle.dumps(Calls(array_maker(), np.ndarray, (2**40,), b"b")),
     ],
 )
 def test_a_small_pickle_cannot_ask_for_much_memory(bomb: bytes) -> None:
@@ -209,7 +214,10 @@ def test_code_in_parameters_never_runs(member: str, trust: bool, saved: Path, tm
     th.save({"weight": Calls(os.mkdir, str(tmp_path / "it ran"))}, file)
     rewrite(saved, {member: file.getvalue()})
 
-    with pytest.raises(UntrustedFileError, match=rf"{member}.*mkdir"):
+    # With trust, torch reads the file, and older versions do not name the call.
+    is_named = not trust or th.__version__ >= "2.6"
+    expected = UntrustedFileError if is_named else CorruptCheckpointError
+    with pytest.raises(expected, match=rf"{member}.*{'mkdir' if is_named else 'Weights only'}"):
         TRPO.load(saved, device="cpu", trust=trust)
     assert not (tmp_path / "it ran").exists()
 

@@ -75,7 +75,10 @@ OPTIONS: dict[str, list[State]] = {
 @pytest.mark.parametrize("n_steps", [0, 2])
 def test_check_optimizer_takes_every_state_of_its_own_and_leaves_it(kind: Any, options: State, n_steps: int) -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1).double())
-    optimizer, loaded = (kind(net.parameters(), lr=0.01, **options) for _ in range(2))
+    try:
+        optimizer, loaded = (kind(net.parameters(), lr=0.01, **options) for _ in range(2))
+    except RuntimeError as error:  # of older versions of torch on the CPU
+        pytest.skip(str(error))
     for _ in range(n_steps):
         for parameter in net.parameters():
             parameter.grad = th.ones_like(parameter)

@@ -30,6 +30,7 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
 )
 from support.arguments import effective
+from support.tasks import needs_v5, v5
 
 from sb3_trpo import (
     NPG,
@@ -144,7 +145,7 @@ def assert_resumes(make_one: Callable[[], TRPO], env: Callable[[], VecEnv], path
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("task", ["CartPole-v1", "Pendulum-v1", "HalfCheetah-v5"])
+@pytest.mark.parametrize("task", ["CartPole-v1", "Pendulum-v1", v5("HalfCheetah")])
 def test_a_resumed_training_is_the_uninterrupted_one(task: str, normalize: bool, tmp_path: Path) -> None:
     def env() -> VecEnv:
         return make_env(task, normalize)
@@ -208,7 +209,10 @@ def test_stacked_frames_are_resumed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "env",
     [
-        lambda: make_vec_env("HalfCheetah-v5", N_ENVS, vec_env_cls=WatchedSubprocVecEnv, vec_env_kwargs=FORK),
+        pytest.param(
+            lambda: make_vec_env("HalfCheetah-v5", N_ENVS, vec_env_cls=WatchedSubprocVecEnv, vec_env_kwargs=FORK),
+            marks=needs_v5,
+        ),
         lambda: make_vec_env(
             "Pendulum-v1", N_ENVS, vec_env_cls=SubprocVecEnv, vec_env_kwargs=FORK, wrapper_class=ResumableEnv
         ),
@@ -226,7 +230,7 @@ def test_environments_in_processes_of_their_own_are_resumed(env: Callable[[], Ve
         venv.close()
 
 
-@pytest.mark.parametrize("task", ["HalfCheetah-v5", "Hopper-v5", "Ant-v5", "Humanoid-v5", "Acrobot-v1", "MountainCar-v0"])
+@pytest.mark.parametrize("task", [*map(v5, ("HalfCheetah", "Hopper", "Ant", "Humanoid")), "Acrobot-v1", "MountainCar-v0"])
 def test_an_environments_state_is_exact(task: str) -> None:
     first, second = gym.make(task), gym.make(task)
     first.reset(seed=1), second.reset(seed=2)

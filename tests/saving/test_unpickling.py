@@ -144,7 +144,8 @@ def test_restricted_loads_gives_back_generators(bits: Any) -> None:
         made = restricted_loads(pickle.dumps(generator))
         assert made.normal() == generator.normal()
     made = restricted_loads(pickle.dumps(np.random.Generator(bits(1))))
-    assert made.spawn(1)[0].random() == np.random.Generator(bits(1)).spawn(1)[0].random()
+    if hasattr(made, "spawn"):  # from NumPy 1.25 on
+        assert made.spawn(1)[0].random() == np.random.Generator(bits(1)).spawn(1)[0].random()
 
 
 def test_restricted_loads_gives_back_seeds_and_pythons_generator() -> None:
@@ -215,7 +216,7 @@ HIDDEN_OBJECT = data_type("V8", 3, "|", None, ("a",), {"a": (np.dtype("O"), 0)},
 
 
 def buffer_of(dtype: Any, data: bytes = bytes(16), shape: tuple[int, ...] = (1,)) -> Made:
-    return Made(np._core.numeric._frombuffer, (data, dtype, shape, "C"))
+    return Made(np.empty(1).__reduce_ex__(5)[0], (data, dtype, shape, "C"))
 
 
 def bits_of(kind: Any, **changes: Any) -> Made:
