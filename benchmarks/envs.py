@@ -237,6 +237,8 @@ def _without_velocities(name: str, positions: tuple[int, ...]) -> gym.Env:
 WITHOUT_VELOCITIES = {
     "CartPoleNoVel-v1": partial(_without_velocities, "CartPole-v1", (0, 2)),
     "PendulumNoVel-v1": partial(_without_velocities, "Pendulum-v1", (0, 1)),
+    "LunarLanderNoVel-v3": partial(_without_velocities, "LunarLander-v3", (0, 1, 4, 6, 7)),
+    "HalfCheetahNoVel-v5": partial(_without_velocities, "HalfCheetah-v5", tuple(range(8))),
 }
 gym.register("Recall-v0", Recall)
 gym.register("Placement-v0", Placement)

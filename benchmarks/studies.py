@@ -136,7 +136,7 @@ def options() -> Study:
 
 
 #: Networks of both algorithms of ``recurrent``.
-LSTM = {
+LSTM: Settings = {
     "policy": "MlpLstmPolicy",
     "policy_kwargs": {
         "ortho_init": False,
@@ -145,6 +145,14 @@ LSTM = {
         "enable_critic_lstm": True,
         "net_arch": {"pi": [64], "vf": [64]},
     },
+}
+#: Networks of RL Zoo's RecurrentPPO for PyBullet's robots.
+ROBOT_LSTM = {
+    "ortho_init": False,
+    "activation_fn": nn.ReLU,
+    "lstm_hidden_size": 128,
+    "enable_critic_lstm": True,
+    "net_arch": {"pi": [], "vf": []},
 }
 
 
@@ -176,6 +184,12 @@ def recurrent() -> Study:
             **sde,
         },
         "Recall-v0": {"n_steps": 64, "target_kl": LinearSchedule(0.05, 0.0, 1.0), "cg_damping": 0.01, "ent_coef": 0.1},
+        "LunarLanderNoVel-v3": {"n_steps": 64, "target_kl": 0.03, "ent_coef": 0.01},
+        "HalfCheetahNoVel-v5": {
+            "n_steps": 64,
+            "target_kl": LinearSchedule(0.05, 0.0, 1.0),
+            "policy_kwargs": {**LSTM["policy_kwargs"], "log_std_init": -1.0},
+        },
     }
     ppo: dict[str, Settings] = {
         "CartPoleNoVel-v1": {
@@ -196,13 +210,28 @@ def recurrent() -> Study:
             **sde,
         },
         "Recall-v0": {"n_steps": 64},
+        "LunarLanderNoVel-v3": {
+            "n_steps": 512,
+            "batch_size": 128,
+            "gae_lambda": 0.98,
+            "gamma": 0.999,
+            "n_epochs": 4,
+            "ent_coef": 0.01,
+        },
+        "HalfCheetahNoVel-v5": {"n_steps": 256, "batch_size": 128, "gae_lambda": 0.9, "policy_kwargs": ROBOT_LSTM},
     }
-    budgets = {"CartPoleNoVel-v1": (30_000, 8), "PendulumNoVel-v1": (60_000, 4), "Recall-v0": (30_000, 8)}
+    budgets = {
+        "CartPoleNoVel-v1": (30_000, 8, 8),
+        "PendulumNoVel-v1": (60_000, 8, 4),
+        "Recall-v0": (30_000, 8, 8),
+        "LunarLanderNoVel-v3": (300_000, 16, 32),
+        "HalfCheetahNoVel-v5": (200_000, 8, 16),
+    }
     study = {}
-    for env, (steps, ppo_envs) in budgets.items():
+    for env, (steps, our_envs, ppo_envs) in budgets.items():
         make = WITHOUT_VELOCITIES.get(env)
         for algorithm, settings, n_envs in (
-            (sb3_trpo.RecurrentTRPO, ours[env], 8),
+            (sb3_trpo.RecurrentTRPO, ours[env], our_envs),
             (sb3_contrib.RecurrentPPO, ppo[env], ppo_envs),
         ):
             arguments = {**LSTM, **settings}

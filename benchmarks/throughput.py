@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import stable_baselines3
 import torch as th
@@ -40,7 +41,9 @@ from contenders import (
     skrl_contender,
     tianshou_contender,
 )
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from studies import recurrent
 
 N_STATES = 2048
 
@@ -53,7 +56,7 @@ class Scenario(NamedTuple):
     :param n_envs: number of environments
     :param normalize: whether VecNormalize is around them
     :param kind: "sb3" against sb3-contrib (and PPO), "tianshou" against Tianshou, "envpool" ours on EnvPool and without,
-        "libraries" against all libraries
+        "libraries" against all libraries, "recurrent" RecurrentTRPO against RecurrentPPO
     """
 
     task: str
@@ -73,6 +76,8 @@ def scenarios() -> dict[str, Scenario]:
     for task, n_envs in (("Hopper-v5", 8), ("Hopper-v5", 16), ("HalfCheetah-v5", 16)):
         found[f"envpool_{task.split('-')[0].lower()}_{n_envs}"] = Scenario(task, n_envs, False, "envpool")
     found["libraries"] = Scenario("HalfCheetah-v5", 8, False, "libraries")
+    for task in ("CartPoleNoVel-v1", "HalfCheetahNoVel-v5"):
+        found[f"recurrent_{task.partition('NoVel')[0].lower()}"] = Scenario(task, 8, True, "recurrent")
     return found
 
 
@@ -113,9 +118,37 @@ def make_libraries(task: str, cleanrl: Path | None, clock: Callable[[], float]) 
     return found
 
 
+def make_recurrent(scenario: Scenario, clock: Callable[[], float]) -> dict[str, Contender]:
+    """RecurrentTRPO, the same without the sampler that does without torch, and RecurrentPPO, by ``studies.recurrent``."""
+    task, n_envs, *_ = scenario
+    cases = {name: case for (name, env), case in recurrent().items() if env == task}
+    make = cases["RecurrentTRPO"].make
+
+    def learner(name: str, n_envs: int) -> Contender:
+        env = VecNormalize(make_vec_env(make, n_envs, seed=0))
+        # A call of ``learn`` is one rollout, after which a schedule would be at its end.
+        settings = {key: value for key, value in cases[name].settings.items() if not callable(value)}
+        return sb3_contender(cases[name].algorithm(env=env, seed=0, device="cpu", **settings), clock)
+
+    general = learner("RecurrentTRPO", n_envs)
+
+    def without_sampler() -> Round:
+        with mock.patch("sb3_trpo.adapters.recurrent.serves_lstm", return_value=False):
+            return general()
+
+    return {
+        "ours": learner("RecurrentTRPO", n_envs),
+        "ours, acting in torch": without_sampler,
+        "RecurrentPPO": learner("RecurrentPPO", cases["RecurrentPPO"].n_envs),
+        "bare": bare_contender(make_vec_env(make, n_envs, seed=0), N_STATES, clock),
+    }
+
+
 def make_contenders(scenario: Scenario, threads: int, clock: Callable[[], float]) -> dict[str, Contender]:
     """Whoever takes part, by name, each with environments of its own."""
     task, n_envs, normalize, kind = scenario
+    if kind == "recurrent":
+        return make_recurrent(scenario, clock)
     if kind == "tianshou":
         env = peers.make_env(task, n_envs, normalize=True)
         return {
@@ -202,8 +235,11 @@ def draw(path: Path) -> None:
     from matplotlib import pyplot as plt
 
     results = json.loads(path.read_text(encoding="utf-8"))["scenarios"]
-    hidden = ("_normalized", "libraries")
-    shown = [name for name in scenarios() if name in results and not name.endswith(hidden) and "envpool" not in name]
+    shown = [
+        name
+        for name, scenario in scenarios().items()
+        if name in results and scenario.kind in ("sb3", "tianshou") and not name.endswith("_normalized")
+    ]
     if not shown:
         return
     colors = {"ours": "#1b6ca8", "sb3-contrib": "#e08e45", "ppo": "#9aa5b1", "tianshou": "#7fb069"}
