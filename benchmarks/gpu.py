@@ -5,7 +5,7 @@ The measurements on a graphics card, in one command: tests, then seconds and mem
     python benchmarks/gpu.py --device cpu --quick --no-tests   # does it run?
 
 Random observations and the policy before any training: sizes matter here, not returns. The waits are the times that our update
-asks the card for a number and stands still until it comes.
+asks the card for a number and stands still until it comes; the copies are those from the CPU to the card.
 """
 
 import peers  # isort: skip  (first: one thread)
@@ -42,16 +42,21 @@ CASES: dict[str, Case] = {
 }
 
 
-class Waits(TorchDispatchMode):
-    """Counts the numbers that are read from the device."""
+class Traffic(TorchDispatchMode):
+    """Counts the numbers that are read from the card, and the copies to it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.waits = self.copies = self.copied_bytes = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += function is th.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
+        self.waits += function is th.ops.aten._local_scalar_dense.default
+        result = function(*args, **(kwargs or {}))
+        copies = function in (th.ops.aten._to_copy.default, th.ops.aten.copy_.default)
+        if copies and result.is_cuda and any(isinstance(each, th.Tensor) and each.device.type == "cpu" for each in args):
+            self.copies += 1
+            self.copied_bytes += result.nbytes
+        return result
 
 
 def measure(algorithm: type[OnPolicyAlgorithm], case: Case, n_states: int, device: str, repeats: int) -> dict[str, Any]:
@@ -61,24 +66,28 @@ def measure(algorithm: type[OnPolicyAlgorithm], case: Case, n_states: int, devic
     model = algorithm(policy, env, n_steps=n_states // N_ENVS, seed=0, device=device, policy_kwargs=policy_kwargs)
     _, callback = model._setup_learn(10**9)
     model.set_logger(Logger(None, []))
-    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)  # type: ignore[arg-type]
     on_card = th.device(device).type == "cuda"
+
+    def collect() -> None:
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)  # type: ignore[arg-type]
 
     def update() -> None:
         model.train()
         if on_card:
             th.cuda.synchronize()
 
+    collecting = timing.seconds_of(collect)
+
     if on_card:
         th.cuda.reset_peak_memory_stats()
     first, *seconds = [timing.seconds_of(update) for _ in range(repeats + 1)]
-    row = {"seconds": statistics.median(seconds), "first_second": first}
+    row = {"seconds": statistics.median(seconds), "first_update": first, "collecting": collecting}
     if on_card:
         row["peak_mib"] = th.cuda.max_memory_allocated() / 2**20
     if isinstance(model, TRPO):
-        with Waits() as waits:
+        with Traffic() as traffic:
             model.train()
-        row["waits"] = waits.count
+        row |= {"waits": traffic.waits, "copies": traffic.copies, "copied_mib": traffic.copied_bytes / 2**20}
     return row
 
 

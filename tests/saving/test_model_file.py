@@ -152,18 +152,19 @@ def npy(shape: tuple[int, ...], data: bytes = b"", descr: str = "<f8") -> bytes:
 
 
 @pytest.mark.parametrize(
-    "statistics",
+    "members",
     [
-        zipped({"settings.npy": bytes(2**25)}),
-        zipped({"settings.npy": npy((2**40,))}),
-        zipped({"settings.npy": npy((1,), bytes(8), "|O")}),
-        zipped({"settings.npy": b"\x80\x05N."}),
-        zipped({"reward/mean.npy": npy((), bytes(8))}),
+        {"settings.npy": bytes(2**25)},
+        {"settings.npy": npy((2**40,))},
+        {"settings.npy": npy((1,), bytes(8), "|O")},
+        {"settings.npy": b"\x80\x05N."},
+        {"reward/mean.npy": npy((), bytes(8))},
     ],
+    ids=["zeros", "claims_2**40_numbers", "objects", "pickle", "other_name"],
 )
-def test_statistics_are_checked_before_they_are_unpacked(statistics: bytes, tmp_path: Path) -> None:
+def test_statistics_are_checked_before_they_are_unpacked(members: dict[str, bytes], tmp_path: Path) -> None:
     make(VecNormalize(make_vec_env("CartPole-v1"))).save(tmp_path / "model.zip")
-    rewrite(tmp_path / "model.zip", {"vec_normalize.npz": statistics})
+    rewrite(tmp_path / "model.zip", {"vec_normalize.npz": zipped(members)})
 
     with pytest.raises(CorruptCheckpointError, match=r"vec_normalize\.npz"):
         TRPO.load(tmp_path / "model.zip", device="cpu")
