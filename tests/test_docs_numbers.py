@@ -76,7 +76,7 @@ def joint_kls(env: str, algorithm: str, key: str = "joint_kl") -> list[float]:
 
 def test_readme_numbers_above_the_fold() -> None:
     who = ("ours", "sb3-contrib")
-    first = "Speed: steps per second on HalfCheetah-v5, one core, updates included"
+    first = "Speed: steps per CPU second on HalfCheetah-v5, updates included"
     assert_shows(row("README.md", first), [speed("halfcheetah_2", one) for one in who])
     first = "Trust region: largest joint KL of an update on Humanoid-v5, as a multiple of `target_kl`"
     target = read_json("trust_region")["settings"]["target_kl"]
@@ -241,6 +241,14 @@ def test_throughput_table(task: str, suffix: str) -> None:
     ppo = [speed(scenario, "ppo")] if "2" in suffix else []
     ratios = [ours / theirs for ours, theirs in zip(*both, strict=True)]
     assert_shows(row("docs/benchmarks.md", first), [*both[0], *both[1], *ppo, speed(scenario, "bare"), *ratios])
+
+
+@pytest.mark.parametrize("task", ["HalfCheetah-v5", "Humanoid-v5"])
+def test_table_of_bare_environments(task: str) -> None:
+    names = [f"{task} x {n_envs}{more}" for more in ("", ", VecNormalize") for n_envs in (1, 2, 8)]
+    pages = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").partition("### Beside bare environments")[2]
+    line = next(one for one in pages.splitlines() if one.startswith(f"| {task} |"))
+    assert_shows(line.removeprefix(f"| {task} |"), [read_json("collecting")["over_bare"][name]["ratio"] for name in names])
 
 
 def test_tables_of_costs() -> None:
