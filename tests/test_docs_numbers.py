@@ -231,6 +231,31 @@ def test_update_table(first: str, case: str) -> None:
     assert_shows(row("docs/benchmarks.md", first), [*times, *gains])
 
 
+@pytest.mark.parametrize(("first", "algorithm"), [("sb3_trpo, DoorKey", "sb3_trpo"), ("SB3's PPO, DoorKey", "PPO")])
+def test_doorkey_table(first: str, algorithm: str) -> None:
+    runs = [run for run in read_json("doorkey") if run["algorithm"] == algorithm]
+    returns, seconds = (np.array([run[key] for run in runs]) for key in ("mean_return", "cpu_seconds"))
+    assert_shows(row("docs/benchmarks.md", first), [returns.mean(), returns.std(), seconds.mean()])
+
+
+@pytest.mark.parametrize(
+    ("first", "case"),
+    [
+        *((f"{size} × {size}, {n:,}", f"mlp_{size}, {n}") for size in (64, 256) for n in (2048, 32768)),
+        ("Nature-CNN, 1,024", "frames, 1024"),
+    ],
+)
+def test_card_table(first: str, case: str) -> None:
+    rows = [
+        read_json("gpu")["NVIDIA H200"][f"{case}, {who}"]
+        for who in ("sb3_trpo TRPO", "sb3_contrib TRPO", "stable_baselines3 PPO")
+    ]
+    seconds = [one["seconds"] for one in rows]
+    memory = [one["peak_mib"] for one in rows[:2]]
+    shown = [*seconds, *(one / seconds[0] for one in seconds[1:]), *memory, rows[0]["waits"]]
+    assert_shows(row("docs/benchmarks.md", first), shown)
+
+
 @pytest.mark.parametrize("task", ["CartPole-v1", "HalfCheetah-v5", "Humanoid-v5"])
 @pytest.mark.parametrize("suffix", ["2", "2_normalized", "8"])
 def test_throughput_table(task: str, suffix: str) -> None:
