@@ -85,6 +85,7 @@ class RecurrentAdapter(PolicyAdapter):
     def start_rollout(self, env: VecEnv, n_steps: int, sde_sample_freq: int, is_watched: bool) -> ActionSampler | None:
         """See :meth:`ActingPolicy.start_rollout`; evaluating later would run the LSTMs a second time."""
         self._sde_sample_freq = sde_sample_freq
+        self._device = self.policy.device  # which torch takes long to find
         self.networks = NumpyLstmNetworks(self.policy) if serves_lstm(self.policy) else None
         self._watched = PolicyState(self.policy) if is_watched and self.networks is not None else None
         return None
@@ -98,8 +99,8 @@ class RecurrentAdapter(PolicyAdapter):
         if step > 0:
             memory.before = memory.after
         before = memory.before
-        episode_starts = th.as_tensor(self.buffer.episode_starts[step], device=policy.device)
-        obs_tensor = obs_as_tensor(observations, policy.device)
+        episode_starts = th.as_tensor(self.buffer.episode_starts[step], device=self._device)
+        obs_tensor = obs_as_tensor(observations, self._device)
         if self._watched is not None and self._watched.has_changed():
             self.networks = self._watched = None
         if self.networks is not None:

@@ -1,10 +1,11 @@
 """Acting with sb3-contrib's LSTM policy without torch's networks, whose overhead exceeds the arithmetic many times over.
 
-Only the networks are replaced. The action distribution stays the policy's own, so that it serves every action space and gSDE,
-and draws the same random numbers.
+The networks are replaced, and Gaussian and categorical distributions. Other distributions stay the policy's own, so that every
+action space and gSDE are served. The random numbers are those that the policy would draw.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from gymnasium import spaces
 from sb3_contrib.common.recurrent import policies
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
@@ -20,7 +23,7 @@ from torch import nn
 from sb3_trpo.optim.lstm import is_standard
 from sb3_trpo.optim.plain import are_original, has_patched_methods, is_plain, remember
 from sb3_trpo.rollouts.fast_step import Observations
-from sb3_trpo.rollouts.samplers import ACTIVATIONS
+from sb3_trpo.rollouts.samplers import ACTIVATIONS, FLOAT32
 
 remember(*{item for item in vars(policies).values() if isinstance(item, type)})
 
@@ -62,11 +65,13 @@ class NumpyLSTM:
         :param cells: cell states, of the same shape
         :return: outputs, shape ``(n_lstms, n_envs, hidden_size)``, and the states afterwards
         """
-        outputs = np.broadcast_to(inputs, (len(hidden), *inputs.shape))
+        outputs = inputs
         hidden_after, cells_after = np.empty_like(hidden), np.empty_like(cells)
         size = self._size
         for layer, (weight, bias) in enumerate(self._layers):
-            gates = np.matmul(np.concatenate([outputs, hidden[:, layer]], axis=2), weight)
+            both = np.empty((*hidden.shape[::2], weight.shape[1]), np.float32)
+            both[..., :-size], both[..., -size:] = outputs, hidden[:, layer]
+            gates = np.matmul(both, weight)
             gates += bias[:, None]
             np.tanh(gates, out=gates)
             logistic = gates[..., : 3 * size]
@@ -79,19 +84,61 @@ class NumpyLSTM:
         return outputs, hidden_after, cells_after
 
 
+class NumpyGaussian:
+    """
+    Samples a Gaussian whose standard deviations are the same in every state.
+
+    :param log_std: logarithms of the standard deviations; copied
+    """
+
+    def __init__(self, log_std: th.Tensor) -> None:
+        log_stds = log_std.detach().numpy()
+        self._std = np.exp(log_stds)
+        self._largest_log_prob = -log_stds.sum() - 0.5 * len(log_stds) * math.log(2.0 * math.pi)
+
+    def __call__(self, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Sample.
+
+        :param means: outputs of the actor, shape ``(n_envs, n_actions)``
+        :return: actions, and their log-probabilities, shape ``(n_envs,)``
+        """
+        noise = th.empty(means.shape, **FLOAT32).normal_().numpy()
+        return means + self._std * noise, self._largest_log_prob - 0.5 * np.square(noise).sum(axis=1)
+
+
+def sample_categorical(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Sample categorical distributions.
+
+    :param logits: outputs of the actor, shape ``(n_envs, n_choices)``
+    :return: choices, and their log-probabilities, both of shape ``(n_envs,)``
+    """
+    noise = th.empty(logits.shape, **FLOAT32).exponential_().numpy()
+    choices = (logits - np.log(noise)).argmax(axis=1)
+    logits = logits - logits.max(axis=1, keepdims=True)
+    return choices, logits[np.arange(len(logits)), choices] - np.log(np.exp(logits).sum(axis=1))
+
+
 class NumpyLstmNetworks:
     """
-    Evaluates the networks of an LSTM policy at one step.
+    Evaluates an LSTM policy at one step.
 
-    :param policy: a policy that :func:`serves_lstm` allows; its parameters are copied
+    :param policy: a policy that :func:`serves_lstm` allows, whose parameters do not change while this is used
     """
 
     def __init__(self, policy: RecurrentActorCriticPolicy) -> None:
         self._policy = policy
+        self._shape: tuple[int, ...] = policy.action_space.shape  # type: ignore[assignment]
         self._lstm = NumpyLSTM([policy.lstm_actor, *([policy.lstm_critic] if policy.lstm_critic is not None else [])])
         self._actor_head = _read_layers(policy.mlp_extractor.policy_net)
         self._critic_head = _read_layers([*policy.mlp_extractor.value_net, policy.value_net])
         self._critic_base = _read_layers([] if policy.critic is None else [policy.critic])
+        #: Outputs of the actor ↦ actions and log-probabilities; None for the policy's own distribution.
+        self._sample = _numpy_distribution(policy)
+        self._action_net = _read_layers([policy.action_net]) if self._sample else []
+        self._after: RNNStates | None = None
+        self._arrays: tuple[np.ndarray, np.ndarray]
 
     @th.no_grad()
     def __call__(
@@ -107,21 +154,51 @@ class NumpyLstmNetworks:
         """
         assert isinstance(observations, np.ndarray)
         features = observations.reshape(len(observations), -1).astype(np.float32, copy=False)
-        pairs = [states.pi, states.vf] if self._policy.lstm_critic is not None else [states.pi]
-        hidden, cells = (np.stack([pair[i].numpy() for pair in pairs]) for i in range(2))
+        hidden, cells = self._read_states(states)
         begun = episode_starts.numpy() > 0.0
         if begun.any():
+            hidden, cells = hidden.copy(), cells.copy()
             hidden[:, :, begun] = cells[:, :, begun] = 0.0
         outputs, hidden, cells = self._lstm(features, hidden, cells)
         below = _apply(self._critic_base, features) if self._critic_base else outputs[-1]
         values = th.from_numpy(_apply(self._critic_head, below))
-        latent = th.from_numpy(_apply(self._actor_head, outputs[0]))
-        distribution = self._policy._get_action_dist_from_latent(latent)
-        actions = distribution.get_actions()
-        log_probs = distribution.log_prob(actions)
+        actions, log_probs = self._act(_apply(self._actor_head, outputs[0]))
         after = [(th.from_numpy(h), th.from_numpy(c)) for h, c in zip(hidden, cells, strict=True)]
-        shape: tuple[int, ...] = self._policy.action_space.shape  # type: ignore[assignment]
-        return actions.reshape(-1, *shape), values, log_probs, RNNStates(after[0], after[-1])
+        self._after, self._arrays = RNNStates(after[0], after[-1]), (hidden, cells)
+        return actions.reshape(-1, *self._shape), values, log_probs, self._after
+
+    def _read_states(self, states: RNNStates) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden and cell states as arrays, which are at hand where they are those of the last call."""
+        if states is self._after:
+            return self._arrays
+        pairs = [states.pi, states.vf] if self._policy.lstm_critic is not None else [states.pi]
+        hidden, cells = (np.stack([pair[i].numpy() for pair in pairs]) for i in range(2))
+        return hidden, cells
+
+    def _act(self, latent: np.ndarray) -> tuple[th.Tensor, th.Tensor]:
+        """Actions and their log-probabilities."""
+        if self._sample is not None:
+            actions, log_probs = self._sample(_apply(self._action_net, latent))
+            return th.from_numpy(actions), th.from_numpy(log_probs)
+        distribution = self._policy._get_action_dist_from_latent(th.from_numpy(latent))
+        sampled = distribution.get_actions()
+        return sampled, distribution.log_prob(sampled)
+
+
+def _numpy_distribution(policy: RecurrentActorCriticPolicy) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None:
+    """What samples the policy's distribution in NumPy; None for a distribution that has no such counterpart."""
+    usual = ActorCriticPolicy._get_action_dist_from_latent
+    distribution: Any = policy.action_dist
+    if (
+        type(policy)._get_action_dist_from_latent is not usual
+        or has_patched_methods(distribution)
+        or not are_original(type(distribution))
+        or type(policy.action_net) is not nn.Linear
+    ):
+        return None
+    if type(distribution) is DiagGaussianDistribution:
+        return NumpyGaussian(policy.log_std)
+    return sample_categorical if type(distribution) is CategoricalDistribution else None
 
 
 def _read_layers(modules: Sequence[nn.Module] | nn.Sequential) -> Layers:

@@ -86,6 +86,40 @@ def test_numpy_lstm_networks_follow_large_inputs():
     th.testing.assert_close(found_after.pi, after.pi, atol=1e-5, rtol=1e-5)
 
 
+class OwnDistribution(RecurrentActorCriticPolicy):
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
+        return super()._get_action_dist_from_latent(2.0 * latent_pi)
+
+
+def own_distribution(policy: RecurrentActorCriticPolicy) -> None:
+    policy.__class__ = OwnDistribution
+
+
+def patch_log_prob(policy: RecurrentActorCriticPolicy) -> None:
+    usual = policy.action_dist.log_prob
+    policy.action_dist.log_prob = lambda actions: usual(actions) - 1.0
+
+
+def own_action_net(policy: RecurrentActorCriticPolicy) -> None:
+    policy.action_net = nn.Sequential(policy.action_net, nn.Tanh())
+
+
+@pytest.mark.parametrize("name", ["box", "discrete"])
+@pytest.mark.parametrize("change", [own_distribution, patch_log_prob, own_action_net], ids=lambda change: change.__name__)
+def test_numpy_lstm_networks_keep_a_users_distribution(name, change):
+    policy = make_policy(name)
+    change(policy)
+    assert serves_lstm(policy)
+    states, observations, starts = random_states(policy), np.ones((N_ENVS, 3), np.float32), th.zeros(N_ENVS)
+    generator = th.get_rng_state()
+    with th.no_grad():
+        expected = policy(th.as_tensor(observations), states, starts)
+    th.set_rng_state(generator)
+    found = NumpyLstmNetworks(policy)(observations, states, starts)
+    for actual, wanted in zip(found[:3], expected[:3], strict=True):
+        th.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
+
+
 class OwnForward(RecurrentActorCriticPolicy):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
