@@ -27,7 +27,7 @@ from sb3_trpo.optim.conjugate_gradient import conjugate_gradient
 from sb3_trpo.optim.critic import CriticFit, fit_gauss_newton, fit_minibatches
 from sb3_trpo.optim.distributions import without_validation
 from sb3_trpo.optim.fisher import FisherOperator
-from sb3_trpo.optim.kfac import default_tolerance, make_preconditioner
+from sb3_trpo.optim.kfac import default_stopping, make_preconditioner
 from sb3_trpo.optim.line_search import (
     Evaluation,
     LineSearchResult,
@@ -84,7 +84,7 @@ class TRPO(ResumableAlgorithm):
     :param seed: seed of all pseudo-random generators
     :param device: device of the networks
     :param _init_setup_model: build the networks at once
-    :param cg_residual_tol: relative residual at which conjugate gradients stop; None: 0.05 with Kronecker factors, else 0.01
+    :param cg_residual_tol: relative residual at which conjugate gradients stop; None: 0.01; with Kronecker factors 0.05
     :param cg_preconditioner: ``"kfac"`` for Kronecker factors where the network has no convolutions; None for none
     :param critic_method: how the critic is fitted: ``"gauss_newton"`` (damped Gauss-Newton steps on the whole rollout), or
         ``"minibatch"`` (the policy's optimizer, as in sb3-contrib, with ``learning_rate``, ``batch_size`` and
@@ -290,8 +290,8 @@ class TRPO(ResumableAlgorithm):
         fisher = FisherOperator(subsampled, self.cg_damping)  # v ↦ (F + λI) v
         fisher.keep_definite(gradient)
         inverse = make_preconditioner(subsampled, fisher.damping) if self.cg_preconditioner else None  # v ↦ ≈ (F + λI)⁻¹ v
-        rtol = default_tolerance(inverse) if self.cg_residual_tol is None else self.cg_residual_tol
-        cg = conjugate_gradient(fisher, gradient, max_iter=self.cg_max_steps, rtol=rtol, M=inverse)  # s ≈ (F + λI)⁻¹ g
+        stopping = default_stopping(inverse) if self.cg_residual_tol is None else {"rtol": self.cg_residual_tol}
+        cg = conjugate_gradient(fisher, gradient, max_iter=self.cg_max_steps, M=inverse, **stopping)  # s ≈ (F + λI)⁻¹ g
         curvature = undamped_curvature(cg.curvature, fisher.damping, float(cg.x.dot(cg.x)))  # sᵀFs
         step_size = self._step_size(curvature, n_steps)  # β
         expected = step_size * float(gradient.dot(cg.x))

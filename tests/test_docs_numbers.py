@@ -268,6 +268,14 @@ def test_throughput_table(task: str, suffix: str) -> None:
     assert_shows(row("docs/benchmarks.md", first), [*both[0], *both[1], *ppo, speed(scenario, "bare"), *ratios])
 
 
+@pytest.mark.parametrize("task", ["CartPoleNoVel-v1", "HalfCheetahNoVel-v5"])
+def test_recurrent_speed(task: str) -> None:
+    scenario = f"recurrent_{task.partition('NoVel')[0].lower()}"
+    collecting = [speed(scenario, who, "collect") for who in ("ours", "ours, acting in torch", "RecurrentPPO", "bare")]
+    shown = [*collecting, *(speed(scenario, who) for who in ("ours", "RecurrentPPO"))]
+    assert_shows(row("docs/algorithms/trpo_lstm.md", task), shown)
+
+
 @pytest.mark.parametrize("task", ["HalfCheetah-v5", "Humanoid-v5"])
 def test_table_of_bare_environments(task: str) -> None:
     names = [f"{task} x {n_envs}{more}" for more in ("", ", VecNormalize") for n_envs in (1, 2, 8)]

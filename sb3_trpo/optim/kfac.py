@@ -162,13 +162,14 @@ def make_preconditioner(objective: RolloutObjective, damping: float) -> "KFACPre
     return KFACPreconditioner(objective, damping) if pays(objective) else None
 
 
-def default_tolerance(inverse: "KFACPreconditioner | None") -> float:
+def default_stopping(inverse: "KFACPreconditioner | None") -> dict[str, float]:
     """
-    Return the relative residual at which conjugate gradients stop; without Kronecker factors a residual says less.
+    Return when conjugate gradients stop; without Kronecker factors, a residual says less and the gain grows slowly.
 
     :param inverse: the preconditioner, or None
+    :return: arguments of :func:`~sb3_trpo.optim.conjugate_gradient.conjugate_gradient`
     """
-    return 0.01 if inverse is None else 0.05
+    return {"rtol": 0.01} if inverse is None else {"rtol": 0.05, "min_growth": 0.005}
 
 
 def pays(objective: RolloutObjective) -> bool:

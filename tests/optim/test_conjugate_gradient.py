@@ -105,6 +105,19 @@ def test_quadratic_gain_grows_and_every_iterate_ascends():
     assert all(b @ x > 0.0 for x in iterates)
 
 
+@pytest.mark.parametrize("preconditioner", [None, jacobi(MATRICES["dense"])], ids=["plain", "jacobi"])
+@pytest.mark.parametrize("min_growth", [0.01, 0.1])
+def test_stops_once_an_iteration_adds_little_to_the_quadratic_gain(min_growth, preconditioner):
+    matrix = MATRICES["dense"]
+    b = right_hand_side(8)
+    iterates = [solve(matrix, b, preconditioner=preconditioner, max_iter=k).x.numpy() for k in range(8)]
+    gains = np.array([b @ x - 0.5 * x @ matrix @ x for x in iterates])
+    first = next(k for k in range(1, 8) if gains[k] - gains[k - 1] < min_growth * gains[k])
+    assert first > 1
+    solution = solve(matrix, b, preconditioner=preconditioner, max_iter=8, min_growth=min_growth)
+    assert (solution.status, solution.iterations) == (CGStatus.CONVERGED, first)
+
+
 def test_iteration_bound():
     calls = []
 
